@@ -1,0 +1,108 @@
+"""A request and its sequences: the facts that the scheduler decides over.
+
+A `Request` is what a caller asked for; a `Sequence` is one of its samples (or one beam). The
+scheduler, the executor and the views all read the same few fields, and there is one rule in place
+of a prefill and a decode phase: a sequence has `tokens` known and `num_computed_tokens` of them in
+the KV cache, and each step computes some of the rest. When none is left over, the step samples the
+next token.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
+
+
+class Status(enum.StrEnum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    """Back in the waiting queue with its tokens kept: its blocks were released (recompute) or
+    copied to host memory (swap)."""
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asked for. Immutable: everything that changes lives in the sequences."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams | BeamSearchParams
+    arrival: int = 0
+    """Rank of arrival: 0 for the engine's first request, then 1, 2, ... Ties in every policy go to
+    the smaller one."""
+    arrival_time: float = 0.0
+    """Seconds on the engine's clock."""
+    priority: int = 0
+    """For the `priority` policy: smaller runs sooner, as in vLLM."""
+    cache_salt: str | None = None
+    """Requests share prefix-cache blocks only with requests of the same salt."""
+    seed: int = 0
+    """64-bit seed of the request's randomness: the caller's, or one drawn by the engine."""
+    eos_token_ids: frozenset[int] = frozenset()
+    max_total_tokens: int = 0
+    """Prompt and output tokens together may not pass this (max_tokens, max_model_len)."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences, and so seats, the request takes once its prompt is computed."""
+        if isinstance(self.params, BeamSearchParams):
+            return self.params.beam_width
+        return self.params.n
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample (or beam) of a request. Identity is by object; `seq_id` names it for people:
+    the request's id, with `.1`, `.2`, ... for its further samples."""
+
+    seq_id: str
+    request: Request
+    index: int
+    """Which of the request's samples this is: 0 to n-1. Randomness depends on (seed, index,
+    position) alone."""
+    tokens: list[int]
+    """Prompt tokens, then output tokens."""
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    """How many of `tokens` have their keys and values in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    host_blocks: list[int] = field(default_factory=list)
+    """Blocks in host memory that hold this sequence's KV while it is swapped out."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache when the sequence was first admitted."""
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+    """`stop`, `length`, `abort` or `error`, once finished."""
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it; None for the end-of-sequence token."""
+    cumulative_logprob: float = 0.0
+    """Beams only: sum of the model's log-probabilities of the output tokens."""
+    candidates: list[tuple[int, float]] | None = None
+    """Beams only: (token id, logprob) of this beam's best continuations, kept while the request's
+    other beams are still to be computed."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[len(self.request.prompt_token_ids) :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED

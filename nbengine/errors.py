@@ -1,0 +1,69 @@
+"""Every exception that nbengine raises on purpose.
+
+Each message says what was wrong, with the numbers, and what to do. A caller who wants to catch
+everything catches `NbengineError`; the built-in bases (`ValueError`, `MemoryError`, ...) are there
+so that code which knows nothing of nbengine does the right thing too.
+"""
+
+from __future__ import annotations
+
+
+class NbengineError(Exception):
+    """The base of all errors below."""
+
+
+class InvalidField(NbengineError, ValueError):
+    """A field of a request or of the configuration has a value that is out of range or of the
+    wrong type. `field` and `value` say which."""
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        self.field, self.value, self.problem = field, value, problem
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}={shown}: {problem}")
+
+
+class InvalidRequest(NbengineError, ValueError):
+    """A request that no engine with this model could serve: empty prompt, ids beyond the
+    vocabulary, a prompt as long as the model's context."""
+
+
+class RequestTooLarge(InvalidRequest):
+    """A request that this engine can never serve: it needs more blocks or seats than there are in
+    all. `needed` and `available` are in the unit that the message names."""
+
+    def __init__(self, message: str, *, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed, self.available = needed, available
+
+
+class UnknownRequest(NbengineError, KeyError):
+    """No request or sequence of this name is known (any more)."""
+
+    def __str__(self) -> str:  # KeyError would show the repr
+        return str(self.args[0])
+
+
+class CacheBusy(NbengineError, RuntimeError):
+    """The prefix cache can't be reset while sequences hold blocks."""
+
+
+class ModelNotFound(NbengineError, FileNotFoundError):
+    """The model is no directory, no file, no known name, and can't be fetched."""
+
+
+class UnsupportedModel(NbengineError, ValueError):
+    """The architecture, or a feature of it, is one that nbengine does not run."""
+
+
+class WeightsError(NbengineError, ValueError):
+    """A weights file is truncated, unreadable, or does not fit the model's config."""
+
+
+class NotEnoughMemory(NbengineError, MemoryError):
+    """The model or its KV cache does not fit; the message holds the sizes and suggestions."""
+
+
+class EngineClosed(NbengineError, RuntimeError):
+    """The engine was closed, and its memory given back."""
