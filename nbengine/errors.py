@@ -12,16 +12,22 @@ class NbengineError(Exception):
     """The base of all errors below."""
 
 
+def shown(value: object) -> str:
+    """The value as a message shows it: its repr, cut to 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4300 digits has no repr
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class InvalidField(NbengineError, ValueError):
     """A field of a request or of the configuration has a value that is out of range or of the
     wrong type. `field` and `value` say which."""
 
     def __init__(self, field: str, value: object, problem: str) -> None:
         self.field, self.value, self.problem = field, value, problem
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{field}={shown}: {problem}")
+        super().__init__(f"{field}={shown(value)}: {problem}")
 
 
 class InvalidRequest(NbengineError, ValueError):
