@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
+from nbengine.core.prefix_cache import BlockContent
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 
 
@@ -45,6 +47,9 @@ class Request:
     seed: int = 0
     """64-bit seed of the request's randomness: the caller's, or one drawn by the engine."""
     eos_token_ids: frozenset[int] = frozenset()
+    """The model's end-of-sequence tokens."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """What ends a sequence: those above unless `ignore_eos`, and the caller's stop_token_ids."""
     max_total_tokens: int = 0
     """Prompt and output tokens together may not pass this (max_tokens, max_model_len)."""
 
@@ -60,7 +65,7 @@ class Request:
         return self.params.n
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Sequence:
     """One sample (or beam) of a request. Identity is by object; `seq_id` names it for people:
     the request's id, with `.1`, `.2`, ... for its further samples."""
@@ -81,6 +86,13 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the prefix cache when the sequence was first admitted."""
     num_preemptions: int = 0
+    pending_forks: int = 0
+    """Further samples that this sequence splits into once its prompt is computed; they keep their
+    seats from admission on."""
+    order: tuple[Any, int, int] = (0, 0, 0)
+    """(policy's rank, arrival, index): the place in every queue."""
+    contents: list[BlockContent] = field(default_factory=list)
+    """The names of its full blocks in the prefix cache: derived from `tokens`, kept for speed."""
     finish_reason: str | None = None
     """`stop`, `length`, `abort` or `error`, once finished."""
     stop_reason: int | str | None = None
@@ -106,3 +118,49 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to compute: a beam that waits for its siblings."""
+        return self.candidates is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.status}, {len(self.tokens)} tokens, "
+            f"{self.num_computed_tokens} computed, {len(self.block_table)} blocks)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A finished beam."""
+
+    token_ids: tuple[int, ...]
+    """Output tokens, without the end-of-sequence token unless it was asked for."""
+    cumulative_logprob: float
+    score: float
+    """cumulative_logprob / length ** length_penalty, prompt included, as vLLM ranks beams."""
+    finish_reason: str
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """A request in the engine, with all the sequences it has had."""
+
+    request: Request
+    sequences: list[Sequence]
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    """Beams only: the finished ones, best first once the request has ended."""
+
+    num_indices: int = 1
+    """Sample indices given out so far."""
+
+    def next_index(self) -> int:
+        """A sample index that no sequence of the request has had."""
+        self.num_indices += 1
+        return self.num_indices - 1
+
+    @property
+    def is_finished(self) -> bool:
+        return all(seq.is_finished for seq in self.sequences)

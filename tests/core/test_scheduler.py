@@ -1,0 +1,346 @@
+"""The scheduler's contract, case by case, with numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbengine.core.records import Cause
+from nbengine.core.request import Status
+from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
+from nbengine.errors import CacheBusy, RequestTooLarge, UnknownRequest
+
+
+def amounts(record):
+    return list(record.scheduled.values())
+
+
+def outputs(live):
+    return [seq.output_token_ids for seq in live.sequences]
+
+
+class TestTokenBudget:
+    def test_three_long_prompts_share_a_budget_of_1024_in_chunks_of_400(self, bench):
+        b = bench(num_blocks=1000, max_num_batched_tokens=1024, long_prefill_token_threshold=400)
+        for _ in range(3):
+            b.add(800)
+        first, second, third = b.step(), b.step(), b.step()
+        assert amounts(first) == [400, 400, 224]
+        assert amounts(second) == [400, 400, 224]
+        assert amounts(third) == [1, 1, 352]
+        assert not first.sampled, "no prompt is complete after one step"
+        assert list(second.sampled) == ["req-0", "req-1"]
+        assert list(third.sampled) == ["req-0", "req-1", "req-2"]
+
+    def test_a_chunk_cut_short_says_why(self, bench):
+        b = bench(num_blocks=1000, max_num_batched_tokens=1024, long_prefill_token_threshold=400)
+        for _ in range(3):
+            b.add(800)
+        waits = {w.seq_id: w for w in b.step().waits}
+        assert waits["req-0"].cause is Cause.LONG_PREFILL
+        assert (waits["req-0"].wanted, waits["req-0"].got) == (800, 400)
+        assert waits["req-2"].cause is Cause.TOKEN_BUDGET
+        assert (waits["req-2"].needed, waits["req-2"].available) == (400, 224)
+
+    def test_without_chunking_nobody_overtakes_the_head_of_the_queue(self, bench):
+        b = bench(num_blocks=100, max_num_batched_tokens=100, enable_chunked_prefill=False)
+        b.add(60)
+        b.add(80)
+        b.add(10)
+        record = b.step()
+        assert record.scheduled == {"req-0": 60}
+        assert record.waits[-1].seq_id == "req-1"
+        assert (record.waits[-1].needed, record.waits[-1].available) == (80, 40)
+        assert b.step().scheduled == {"req-0": 1, "req-1": 80, "req-2": 10}
+
+    def test_seats_are_limited_and_the_record_says_so(self, bench):
+        b = bench(num_blocks=100, max_num_seqs=2)
+        for _ in range(3):
+            b.add(4)
+        record = b.step()
+        assert list(record.scheduled) == ["req-0", "req-1"]
+        wait = record.waits[-1]
+        assert (wait.seq_id, wait.cause, wait.needed, wait.available) == (
+            "req-2",
+            Cause.SEATS,
+            1,
+            0,
+        )
+
+
+class TestPrefixCache:
+    def test_17_identical_tokens_sent_twice_hit_16(self, bench):
+        b = bench(num_blocks=100)
+        b.add([7] * 17)
+        b.run()
+        again = b.add([7] * 17)
+        b.run()
+        assert again.sequences[0].num_cached_tokens == 16
+
+    def test_exactly_32_tokens_sent_twice_hit_16_because_the_last_is_always_computed(self, bench):
+        b = bench(num_blocks=100)
+        b.add(list(range(32)))
+        b.run()
+        again = b.add(list(range(32)))
+        b.run()
+        assert again.sequences[0].num_cached_tokens == 16
+
+    def test_salts_separate_tenants(self, bench):
+        b = bench(num_blocks=100)
+        b.add([7] * 40, cache_salt="alice")
+        b.run()
+        other = b.add([7] * 40, cache_salt="bob")
+        record = b.step()
+        assert other.sequences[0].num_cached_tokens == 0
+        assert "never seen" in str(record.admitted[0].prefix.cause)
+        same = b.add([7] * 40, cache_salt="alice")
+        b.run()
+        assert same.sequences[0].num_cached_tokens == 32
+
+    def test_a_miss_names_the_first_block_and_token_that_differ(self, bench):
+        b = bench(num_blocks=100)
+        b.add(list(range(48)))
+        b.run()
+        changed = list(range(48))
+        changed[20] = 999
+        b.add(changed)
+        prefix = b.step().admitted[0].prefix
+        assert (prefix.num_hit_tokens, prefix.block_index, prefix.position) == (16, 1, 20)
+        assert (prefix.token_id, prefix.cached_token_id) == (999, 20)
+
+    def test_reset_is_refused_while_blocks_are_held(self, bench):
+        b = bench(num_blocks=100)
+        b.add(40)
+        b.step()
+        with pytest.raises(CacheBusy, match="3 of 100"):
+            b.scheduler.reset_prefix_cache()
+        b.run()
+        assert b.scheduler.reset_prefix_cache() > 0
+        assert b.scheduler.pool.num_free == 100
+
+    def test_hits_that_leave_no_room_for_the_rest_are_not_taken(self, bench):
+        b = bench(num_blocks=6)
+        b.add(list(range(33)), max_tokens=1)
+        b.run()  # leaves blocks 0 and 1 cached
+        b.add(48, max_tokens=2)
+        b.step()  # holds three more
+        late = b.add(list(range(60)), max_tokens=2)
+        before = b.scheduler.pool.ref_counts.copy()
+        record = b.step()
+        assert record.waits[-1].seq_id == late.request.request_id
+        assert record.waits[-1].cause is Cause.BLOCKS
+        assert b.scheduler.pool.ref_counts[:2] == before[:2] == [0, 0]
+
+
+class TestPreemption:
+    def two_of_80_in_10_blocks(self, bench, **config):
+        b = bench(num_blocks=10, **config)
+        return b, b.add(80), b.add(80)
+
+    def test_second_sequence_is_preempted_when_the_first_needs_a_sixth_block(self, bench):
+        b, first, second = self.two_of_80_in_10_blocks(bench)
+        b.step()
+        assert [len(r.sequences[0].block_table) for r in (first, second)] == [5, 5]
+        record = b.step()
+        assert len(first.sequences[0].block_table) == 6
+        assert second.sequences[0].status is Status.PREEMPTED
+        assert record.preempted[0].seq_id == "req-1"
+        assert record.preempted[0].in_favour_of == "req-0"
+        assert record.preempted[0].num_lost_tokens == 80
+        assert b.scheduler.pool.num_available == 4
+
+    @pytest.mark.parametrize(
+        "mode", [{}, {"preemption_mode": "swap", "num_host_blocks": 10}], ids=["recompute", "swap"]
+    )
+    def test_preemption_changes_no_output(self, bench, mode):
+        b, *tight = self.two_of_80_in_10_blocks(bench, **mode)
+        records = b.run()
+        assert any(r.preempted for r in records)
+        roomy = bench(num_blocks=1000)
+        free = [roomy.add(80), roomy.add(80)]
+        roomy.run()
+        assert [outputs(r) for r in tight] == [outputs(r) for r in free]
+        assert all(len(o) == 8 for r in tight for o in outputs(r))
+
+    def test_swap_loses_no_computed_token(self, bench):
+        b, *_ = self.two_of_80_in_10_blocks(bench, preemption_mode="swap", num_host_blocks=10)
+        b.run()
+        assert b.executor.num_computed == {"req-0": 87, "req-1": 87}
+        assert b.scheduler.host_pool.num_free == 10
+
+    def test_without_host_blocks_swap_falls_back_to_recompute(self, bench):
+        b, *_ = self.two_of_80_in_10_blocks(bench, preemption_mode="swap", num_host_blocks=2)
+        records = b.run()
+        assert [p.mode for r in records for p in r.preempted] == ["recompute"]
+
+
+class TestForks:
+    def test_samples_share_the_prompt_and_copy_only_the_partly_filled_block(self, bench):
+        b = bench(num_blocks=100)
+        live = b.add(40, params=SamplingParams(n=3, max_tokens=4, seed=1))
+        record = b.step()
+        assert [f.child for f in record.forked] == ["req-0.1", "req-0.2"]
+        assert b.scheduler.pool.num_held == 3
+        record = b.step()
+        assert [c.source for c in record.copied] == [2, 2], "the last holder writes in place"
+        assert b.scheduler.pool.num_held == 5
+        b.run()
+        assert len({tuple(o) for o in outputs(live)}) == 3
+        assert [len(o) for o in outputs(live)] == [4, 4, 4]
+        assert b.scheduler.num_seats_taken == 0
+
+    def test_a_full_last_block_needs_no_copy(self, bench):
+        b = bench(num_blocks=100)
+        b.add(32, params=SamplingParams(n=3, max_tokens=4, seed=1))
+        records = b.run()
+        assert not any(r.copied for r in records)
+
+    def test_seats_are_kept_for_the_samples_to_come(self, bench):
+        b = bench(num_blocks=100, max_num_seqs=3)
+        b.add(40, params=SamplingParams(n=3, max_tokens=4, seed=1))
+        b.add(4)
+        record = b.step()
+        assert list(record.scheduled) == ["req-0"]
+        assert (record.waits[-1].cause, record.waits[-1].available) == (Cause.SEATS, 0)
+
+
+class TestBeams:
+    def reference(self, b, prompt, width, max_tokens):
+        """Beam search over the fake model, written as plainly as can be."""
+        from tests.core.conftest import candidates
+
+        class Past:
+            def __init__(self, tokens, request):
+                self.tokens, self.request = tokens, request
+
+        request = b.scheduler.live["req-0"].request
+        beams = [([*prompt], 0.0)]
+        for _ in range(max_tokens):
+            grown = [
+                ([*tokens, token], total + logprob)
+                for tokens, total in beams
+                for token, logprob in candidates(Past(tokens, request), 2 * width)
+            ]
+            beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+        return [tuple(tokens[len(prompt) :]) for tokens, _ in beams]
+
+    @pytest.mark.parametrize("num_blocks", [100, 5])
+    def test_beams_equal_a_plain_search_also_when_they_preempt_each_other(self, bench, num_blocks):
+        b = bench(num_blocks=num_blocks, block_size=8, max_num_seqs=4)
+        prompt = list(range(20))
+        live = b.add(prompt, params=BeamSearchParams(beam_width=3, max_tokens=12))
+        expected = self.reference(b, prompt, 3, 12)
+        records = b.run()
+        assert [h.token_ids for h in live.hypotheses] == expected
+        assert any(r.preempted for r in records) == (num_blocks == 5)
+        assert b.scheduler.num_seats_taken == 0
+        assert b.scheduler.pool.num_held == 0
+
+    def test_beams_share_their_common_past(self, bench):
+        b = bench(num_blocks=100, block_size=8)
+        b.add(64, params=BeamSearchParams(beam_width=4, max_tokens=8))
+        most = max(r.num_held_blocks for r in b.run())
+        assert most <= 8 + 4 * 2
+
+
+class TestPolicies:
+    def finishing_order(self, b):
+        return [f.seq_id for r in b.run() for f in r.finished]
+
+    def test_fcfs_admits_in_order_of_arrival(self, bench):
+        b = bench(num_blocks=100, max_num_seqs=1)
+        for size in (30, 10, 20):
+            b.add(size)
+        assert self.finishing_order(b) == ["req-0", "req-1", "req-2"]
+
+    def test_sjf_admits_the_shortest_first(self, bench):
+        b = bench("sjf", num_blocks=100, max_num_seqs=1)
+        for size in (30, 10, 20):
+            b.add(size)
+        assert self.finishing_order(b) == ["req-1", "req-2", "req-0"]
+
+    def test_priority_admits_the_smallest_number_first(self, bench):
+        b = bench("priority", num_blocks=100, max_num_seqs=1)
+        for priority in (2, 1, 1):
+            b.add(10, priority=priority)
+        assert self.finishing_order(b) == ["req-1", "req-2", "req-0"]
+
+    def test_a_policy_is_any_object_with_a_rank(self, bench):
+        class LongestFirst:
+            def rank(self, sequence):
+                return -sequence.num_prompt_tokens
+
+        b = bench(LongestFirst, num_blocks=100, max_num_seqs=1)
+        for size in (10, 30, 20):
+            b.add(size)
+        assert self.finishing_order(b) == ["req-1", "req-2", "req-0"]
+
+    def test_a_new_policy_reorders_the_queue(self, bench):
+        b = bench(num_blocks=100, max_num_seqs=1)
+        for size in (30, 10, 20):
+            b.add(size)
+        b.scheduler.set_policy("sjf")
+        assert self.finishing_order(b) == ["req-1", "req-2", "req-0"]
+
+    def test_the_policy_chooses_the_victim(self, bench):
+        b = bench("priority", num_blocks=10)
+        b.add(80, priority=5)
+        b.add(80, priority=1)
+        b.step()
+        assert b.step().preempted[0].seq_id == "req-0"
+
+
+class TestLimits:
+    def test_a_request_that_can_never_fit_is_refused_with_the_numbers(self, bench):
+        b = bench(num_blocks=4)
+        with pytest.raises(RequestTooLarge, match=r"needs 5 blocks.*there are 4") as refusal:
+            b.add(60, max_tokens=6)
+        assert (refusal.value.needed, refusal.value.available) == (5, 4)
+        b.add(60, max_tokens=5)  # 64 computed tokens: the last one is sampled only
+        b.run()
+
+    def test_more_samples_than_seats_are_refused(self, bench):
+        b = bench(num_blocks=40, max_num_seqs=2)
+        with pytest.raises(RequestTooLarge, match="3 sequences"):
+            b.add(4, params=SamplingParams(n=3, seed=1))
+
+    def test_abort_frees_everything_at_any_moment(self, bench):
+        b = bench(num_blocks=10)
+        b.add(80)
+        b.add(80)
+        b.add(80)
+        b.step()
+        for name in ("req-0", "req-2"):  # one running, one waiting
+            b.scheduler.abort(name)
+        b.run()
+        assert b.scheduler.pool.num_held == 0
+        with pytest.raises(UnknownRequest):
+            b.scheduler.abort("req-0")
+
+    def test_stop_token_ends_a_sequence_and_frees_its_blocks_at_once(self, bench):
+        probe = bench(num_blocks=100)
+        live = probe.add([1, 2, 3])
+        probe.run()
+        third = live.sequences[0].output_token_ids[2]
+        b = bench(num_blocks=100)
+        live = b.add([1, 2, 3], stop_token_ids=frozenset({third}))
+        records = b.run()
+        assert len(records) == 3
+        assert live.sequences[0].finish_reason == "stop"
+        assert records[-1].num_held_blocks == 0
+
+
+class TestFaults:
+    def test_a_step_that_fails_is_taken_back_and_loses_nothing(self, bench):
+        b = bench(num_blocks=100)
+        live = b.add(40, params=SamplingParams(n=2, max_tokens=6, seed=3))
+        b.step()
+        b.scheduler.schedule()
+        record = b.scheduler.take_back(RuntimeError("out of memory"))
+        assert record.error == "RuntimeError: out of memory"
+        assert {p.mode for p in record.preempted} == {"error"}
+        b.scheduler.pool.check_integrity()
+        b.run()
+        calm = bench(num_blocks=100)
+        expected = calm.add(40, params=SamplingParams(n=2, max_tokens=6, seed=3))
+        calm.run()
+        assert outputs(live) == outputs(expected)
