@@ -549,7 +549,7 @@ class Simulation:
             name
             for finish in record.finished
             if finish.reason in ("abort", "error")
-            for name in (finish.seq_id, finish.seq_id.partition(".")[0])
+            for name in (finish.seq_id, finish.seq_id.partition("#")[0])
         }
 
     def _check_end(self) -> None:
