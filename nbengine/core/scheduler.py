@@ -471,6 +471,8 @@ class Scheduler:
         beams: dict[str, LiveRequest] = {}
         advanced: list[Sequence] = []
         for seq, n in self._plan.scheduled:
+            if seq.status is not Status.RUNNING:
+                continue  # it ended with a sibling beam that failed
             before = seq.num_computed_tokens
             seq.num_computed_tokens = computed = before + n
             seq_id = seq.seq_id
@@ -481,7 +483,7 @@ class Scheduler:
                 self._cache_full_blocks(seq, before // size, computed // size)
             if computed < len(seq.tokens):
                 continue
-            if seq_id in output.candidates and not seq.is_finished:
+            if seq_id in output.candidates:
                 seq.candidates = output.candidates[seq_id]
                 beams[seq.request.request_id] = self.live[seq.request.request_id]
                 continue
@@ -506,8 +508,7 @@ class Scheduler:
     def _fail(self, seq: Sequence, error: str) -> None:
         """End a sequence that could not be computed; of a beam search, all beams."""
         if isinstance(seq.request.params, BeamSearchParams):
-            if seq.request.request_id in self.live:
-                self._end(self.live[seq.request.request_id], "error", error)
+            self._end(self.live[seq.request.request_id], "error", error)
         else:
             self.finish(seq, "error", error)
 

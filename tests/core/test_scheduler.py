@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nbengine.core.records import Cause
+from nbengine.core.records import Cause, Phases
 from nbengine.core.request import Status
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.errors import CacheBusy, RequestTooLarge, UnknownRequest
@@ -330,6 +330,21 @@ class TestLimits:
 
 
 class TestFaults:
+    def test_an_error_of_one_beam_ends_its_siblings_in_the_same_step_and_nothing_else(self, bench):
+        b = bench(num_blocks=100, block_size=8)
+        beams = b.add(15, params=BeamSearchParams(beam_width=2, max_tokens=12))
+        other = b.add(15, max_tokens=3)
+        b.step()
+        plan = b.scheduler.schedule()  # position 15: a block is full when this step is done
+        output = b.executor.execute(plan)
+        output.errors["req-0"] = ValueError("not a number")
+        b.scheduler.commit(output)
+        b.scheduler.seal(Phases())
+        assert {seq.finish_reason for seq in beams.sequences} == {"error"}
+        b.run()
+        assert other.sequences[0].finish_reason == "length"
+        assert b.scheduler.pool.num_held == 0
+
     def test_a_step_that_fails_is_taken_back_and_loses_nothing(self, bench):
         b = bench(num_blocks=100)
         live = b.add(40, params=SamplingParams(n=2, max_tokens=6, seed=3))
