@@ -92,6 +92,7 @@ class Replay:
             if preemption.mode == "error":  # at the end of the step, whatever came before
                 seq = sequences[preemption.seq_id]
                 seq.status, seq.num_computed_tokens = Status.PREEMPTED, 0
+                seq.host_blocks = []
         for seq_id in finished:
             del sequences[seq_id]
 

@@ -618,15 +618,20 @@ class Scheduler:
     def take_back(self, error: BaseException) -> StepRecord:
         """A step failed: none of what it computed or copied may be trusted. Every sequence it
         touched keeps its tokens and will compute them again."""
-        swapped_out = {swap.seq_id for swap in self._journal.swapped_out}
+        journal = self._journal
+        swapped_out = {swap.seq_id for swap in journal.swapped_out}
         for seq in self.waiting:
-            if seq.seq_id in swapped_out:
-                self._release_host_blocks(seq)  # what was to be copied there never arrived
+            if seq.seq_id in swapped_out:  # what was to be copied there never arrived
+                journal.preempted.append(
+                    Preemption(seq.seq_id, seq.seq_id, "error", seq.num_computed_tokens, 0)
+                )
+                self._release_host_blocks(seq)
                 seq.num_computed_tokens = 0
         for seq, _ in self._plan.scheduled:
             if seq.status is Status.RUNNING:
+                seq.candidates = None
                 self._preempt(self._plan, seq, in_favour_of=seq, mode="error")
-        self._journal.scheduled.clear()
+        journal.scheduled.clear()
         return self.seal(Phases(), error=f"{type(error).__name__}: {error}")
 
     def seal(self, phases: Phases, error: str | None = None) -> StepRecord:

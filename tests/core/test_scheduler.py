@@ -330,6 +330,34 @@ class TestLimits:
 
 
 class TestFaults:
+    def test_a_swap_that_was_taken_back_is_recorded_as_lost(self, bench):
+        b = bench(num_blocks=10, preemption_mode="swap", num_host_blocks=10)
+        b.add(80)
+        second = b.add(80)
+        b.step()
+        b.scheduler.schedule()
+        record = b.scheduler.take_back(RuntimeError("out of memory"))
+        lost = {p.seq_id: p.num_lost_tokens for p in record.preempted if p.mode == "error"}
+        assert lost == {"req-1": 80, "req-0": 80}
+        assert second.sequences[0].host_blocks == []
+        assert b.scheduler.host_pool.num_held == 0
+        b.run()
+
+    def test_beams_survive_a_commit_that_raises(self, bench):
+        b = bench(num_blocks=100)
+        live = b.add([1, 2, 3], params=BeamSearchParams(beam_width=2, max_tokens=4))
+        b.add(4)
+        output = b.executor.execute(b.scheduler.schedule())
+        output.samples["req-1"] = None
+        with pytest.raises(TypeError) as error:
+            b.scheduler.commit(output)
+        b.scheduler.take_back(error.value)
+        b.run()
+        calm = bench(num_blocks=100)
+        expected = calm.add([1, 2, 3], params=BeamSearchParams(beam_width=2, max_tokens=4))
+        calm.run()
+        assert [h.token_ids for h in live.hypotheses] == [h.token_ids for h in expected.hypotheses]
+
     def test_an_error_of_one_beam_ends_its_siblings_in_the_same_step_and_nothing_else(self, bench):
         b = bench(num_blocks=100, block_size=8)
         beams = b.add(15, params=BeamSearchParams(beam_width=2, max_tokens=12))
