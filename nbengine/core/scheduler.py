@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -98,12 +98,19 @@ class Scheduler:
     # ------------------------------------------------------------------ between steps
 
     def add(self, request: Request) -> LiveRequest:
-        """Queue a request.
+        """Queue a request. Whatever is raised, nothing has changed.
 
         Raises:
             RequestTooLarge: it could never run to its end here, whatever else is running.
-            InvalidRequest: its id is in use, or its prompt is empty.
+            InvalidRequest: its id is in use or contains `#`, or its prompt is empty.
+            Exception: whatever a user's policy raises; TypeError for a rank that does not compare
+                with the others.
         """
+        if "#" in request.request_id:
+            raise InvalidRequest(
+                f"request id {request.request_id!r} contains '#', which sets off the index of a "
+                "sample in sequence ids: choose another"
+            )
         if request.request_id in self.live:
             raise InvalidRequest(
                 f"request id {request.request_id!r} is in use: choose another, or none"
@@ -116,10 +123,11 @@ class Scheduler:
             list(request.prompt_token_ids),
             pending_forks=request.num_sequences - 1,
         )
-        self._set_order(seq)
-        live = LiveRequest(request, [seq])
-        self.live[request.request_id] = live
-        insort(self.waiting, seq, key=_BY_ORDER)
+        seq.order = (self.policy.rank(seq), request.arrival, seq.index)
+        if self.running:
+            _ = seq.order < self.running[0].order  # raises now, if ever
+        insort(self.waiting, seq, key=_BY_ORDER)  # last of all that may raise
+        live = self.live[request.request_id] = LiveRequest(request, [seq])
         self._journal.added.append(request.request_id)
         return live
 
@@ -190,10 +198,8 @@ class Scheduler:
     def set_policy(self, policy: str | Policy | type) -> None:
         """Replace the policy; takes effect in the next step."""
         policy = make_policy(policy)
-        # Rank first: a policy that raises must leave the old one in force.
-        ranks = [(seq, policy.rank(seq)) for seq in (*self.running, *self.waiting)]
+        self._rank_all(policy)  # if it raises, the old one stays in force
         self.policy = policy
-        self._apply_ranks(ranks)
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached prefix; see `BlockPool.reset_prefix_cache`."""
@@ -210,9 +216,7 @@ class Scheduler:
         self._began = self.clock()
         self._plan = plan = StepPlan()
         if getattr(self.policy, "dynamic", False):
-            self._apply_ranks(
-                [(seq, self.policy.rank(seq)) for seq in (*self.running, *self.waiting)]
-            )
+            self._rank_all(self.policy)
         budget, blocks_spoken_for = self._schedule_running(plan)
         self._admit(plan, budget, blocks_spoken_for)
         return plan
@@ -675,14 +679,17 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
-    def _set_order(self, seq: Sequence) -> None:
-        seq.order = (self.policy.rank(seq), seq.request.arrival, seq.index)
-
-    def _apply_ranks(self, ranks: Iterable[tuple[Sequence, object]]) -> None:
-        for seq, rank in ranks:
-            seq.order = (rank, seq.request.arrival, seq.index)
-        self.waiting.sort(key=_BY_ORDER)
-        self.running.sort(key=_BY_ORDER)
+    def _rank_all(self, policy: Policy) -> None:
+        """Order both queues by `policy`; if it raises, or its ranks do not compare, not at all."""
+        orders = {
+            seq: (policy.rank(seq), seq.request.arrival, seq.index)
+            for seq in (*self.running, *self.waiting)
+        }
+        in_order = sorted(orders, key=orders.__getitem__)  # together: they must all compare
+        for seq, order in orders.items():
+            seq.order = order
+        self.running = [seq for seq in in_order if seq.status is Status.RUNNING]
+        self.waiting = [seq for seq in in_order if seq.status is not Status.RUNNING]
 
     def _run(self, seq: Sequence) -> None:
         seq.status = Status.RUNNING

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 
 from nbengine.core.records import Cause, Phases
 from nbengine.core.request import Status
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
-from nbengine.errors import CacheBusy, RequestTooLarge, UnknownRequest
+from nbengine.errors import CacheBusy, InvalidRequest, RequestTooLarge, UnknownRequest
 
 
 def amounts(record):
@@ -289,7 +291,78 @@ class TestPolicies:
         assert b.step().preempted[0].seq_id == "req-0"
 
 
+class TestPoliciesThatFail:
+    """A policy is a user's code: what it raises changes nothing."""
+
+    class Fickle:
+        dynamic = True
+        rank_of: ClassVar[dict[str, Any]] = {}
+
+        def rank(self, sequence):
+            rank = self.rank_of.get(sequence.seq_id, 0)
+            if isinstance(rank, Exception):
+                raise rank
+            return rank
+
+    def state(self, b):
+        s = b.scheduler
+        return list(s.waiting), list(s.running), [q.order for q in s.waiting + s.running], s.policy
+
+    @pytest.mark.parametrize("num_seqs", [1, 8])
+    @pytest.mark.parametrize("rank", ["a string", ValueError("no rank")])
+    def test_add_raises_and_leaves_no_trace(self, bench, rank, num_seqs):
+        policy = self.Fickle()
+        policy.rank_of = {"req-1": rank, "req-2": rank}
+        b = bench(policy, num_blocks=100, max_num_seqs=num_seqs)
+        b.add(4)
+        with pytest.raises((TypeError, ValueError)):
+            b.add(4)
+        b.step()  # the next has only running ones to compare with
+        with pytest.raises((TypeError, ValueError)):
+            b.add(4)
+        assert list(b.scheduler.live) == ["req-0"] and not b.scheduler.waiting
+        b.run()
+
+    @pytest.mark.parametrize("rank", ["a string", ValueError("no rank")])
+    def test_set_policy_raises_and_the_old_one_stays_in_force(self, bench, rank):
+        policy = self.Fickle()
+        policy.rank_of = {"req-0": 7, "req-2": rank}
+        b = bench(num_blocks=100, max_num_seqs=2)
+        for _ in range(4):
+            b.add(4)
+        b.step()
+        before = self.state(b)
+        with pytest.raises((TypeError, ValueError)):
+            b.scheduler.set_policy(policy)
+        assert self.state(b) == before
+        b.run()
+
+    @pytest.mark.parametrize("rank", ["a string", ValueError("no rank")])
+    def test_a_step_in_which_it_raises_is_taken_back(self, bench, rank):
+        policy = self.Fickle()
+        b = bench(policy, num_blocks=100, max_num_seqs=2)
+        for _ in range(4):
+            b.add(4)
+        b.step()
+        before = self.state(b)
+        policy.rank_of = {"req-2": rank}
+        with pytest.raises((TypeError, ValueError)) as error:
+            b.scheduler.schedule()
+        assert b.scheduler.take_back(error.value).error
+        assert self.state(b) == before
+        policy.rank_of = {}
+        b.run()
+
+
 class TestLimits:
+    @pytest.mark.parametrize("request_id", ["req-0", "a#1"])
+    def test_an_id_in_use_or_like_that_of_a_sample_is_refused(self, bench, request_id):
+        b = bench(num_blocks=100)
+        b.add(4)
+        with pytest.raises(InvalidRequest, match="choose another"):
+            b.add(4, request_id=request_id)
+        assert len(b.scheduler.waiting) == 1
+
     def test_a_request_that_can_never_fit_is_refused_with_the_numbers(self, bench):
         b = bench(num_blocks=4)
         with pytest.raises(RequestTooLarge, match=r"needs 5 blocks.*there are 4") as refusal:
