@@ -595,11 +595,13 @@ class Scheduler:
         heirs_of: dict[str, list[beam.Continuation]] = {}
         for survivor in survivors:
             heirs_of.setdefault(survivor.parent.seq_id, []).append(survivor)
+        for seq in beams:  # first, so that the heirs of others find seats and blocks
+            if seq.seq_id not in heirs_of:
+                self.finish(seq, "pruned")
+                live.sequences.remove(seq)
         heirs: list[Sequence] = []
-        for seq in beams:
-            first, *others = heirs_of.get(seq.seq_id, [None])
-            if first is None:
-                continue
+        for seq in list(live.sequences):
+            first, *others = heirs_of[seq.seq_id]
             children = [self._fork(seq, live.next_index()) for _ in others]
             for heir, continuation in zip((seq, *children), (first, *others), strict=True):
                 heir.tokens.append(continuation.token_id)
@@ -611,10 +613,6 @@ class Scheduler:
             live.hypotheses += [beam.finished_beam(seq, params) for seq in heirs]
             live.hypotheses.sort(key=lambda h: -h.score)
             del live.hypotheses[params.beam_width :]
-        for seq in beams:
-            if seq.seq_id not in heirs_of:
-                self.finish(seq, "pruned")
-                live.sequences.remove(seq)
         if is_over:
             for seq in heirs:
                 self.finish(seq, "length")

@@ -237,6 +237,14 @@ class TestBeams:
         assert b.scheduler.num_seats_taken == 0
         assert b.scheduler.pool.num_held == 0
 
+    def test_beams_that_have_every_seat_never_lose_what_they_computed(self, bench):
+        b = bench(num_blocks=100, block_size=8, max_num_seqs=3)
+        b.add(20, params=BeamSearchParams(beam_width=3, max_tokens=12))
+        records = b.run()
+        assert any(f.reason == "pruned" for r in records for f in r.finished)
+        assert sum(r.num_tokens for r in records) == 20 + 3 * 11
+        assert len(records) == 12
+
     def test_beams_share_their_common_past(self, bench):
         b = bench(num_blocks=100, block_size=8)
         b.add(64, params=BeamSearchParams(beam_width=4, max_tokens=8))
