@@ -506,7 +506,8 @@ class Scheduler:
             if token in request.stop_token_ids or len(seq.tokens) >= request.max_total_tokens:
                 self._check_stop(seq, token)
         for live in beams.values():
-            self._advance_beams(live)
+            if not live.is_finished:  # by an error of another of its beams
+                self._advance_beams(live)
         return advanced
 
     def _fail(self, seq: Sequence, error: str) -> None:

@@ -439,14 +439,15 @@ class TestFaults:
         calm.run()
         assert [h.token_ids for h in live.hypotheses] == [h.token_ids for h in expected.hypotheses]
 
-    def test_an_error_of_one_beam_ends_its_siblings_in_the_same_step_and_nothing_else(self, bench):
+    @pytest.mark.parametrize("failing", ["req-0", "req-0#1"])
+    def test_an_error_of_one_beam_ends_its_siblings_in_the_same_step(self, bench, failing):
         b = bench(num_blocks=100, block_size=8)
         beams = b.add(15, params=BeamSearchParams(beam_width=2, max_tokens=12))
         other = b.add(15, max_tokens=3)
         b.step()
         plan = b.scheduler.schedule()  # position 15: a block is full when this step is done
         output = b.executor.execute(plan)
-        output.errors["req-0"] = ValueError("not a number")
+        output.errors[failing] = ValueError("not a number")
         b.scheduler.commit(output)
         b.scheduler.seal(Phases())
         assert {seq.finish_reason for seq in beams.sequences} == {"error"}
