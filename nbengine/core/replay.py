@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nbengine.core.records import StepRecord
+from nbengine.core.records import BlockMove, StepRecord
 from nbengine.core.request import Request, Status
 
 
@@ -39,12 +39,15 @@ class Replay:
         """One step on. `requests` holds at least those that the record calls `added`."""
         sequences = self.sequences
         finished = [finish.seq_id for finish in record.finished]
+        released = list(record.released)
         for request_id in record.added:
-            state = SequenceState(requests[request_id].num_prompt_tokens)
-            if request_id in sequences:  # the name of one that had just ended is taken anew
-                state.block_table = sequences[request_id].block_table  # released below
-                finished.remove(request_id)
-            sequences[request_id] = state
+            for seq_id in [s for s in sequences if s.partition("#")[0] == request_id]:
+                # A name that is taken anew: whoever had it ended before, also since the last step.
+                finished.remove(seq_id)
+                table = tuple(sequences.pop(seq_id).block_table)
+                if table:
+                    released.remove(BlockMove(seq_id, table))
+            sequences[request_id] = SequenceState(requests[request_id].num_prompt_tokens)
 
         for preemption in record.preempted:
             seq = sequences[preemption.seq_id]
@@ -83,7 +86,7 @@ class Replay:
         # whatever the order, what was released is the front of what it had and took.
         for move in (*record.shared, *record.allocated):
             sequences[move.seq_id].block_table += move.blocks
-        for move in record.released:
+        for move in released:
             table = sequences[move.seq_id].block_table
             assert tuple(table[: len(move.blocks)]) == move.blocks, (record.step, move, table)
             del table[: len(move.blocks)]

@@ -193,7 +193,7 @@ class Scheduler:
             if self.live[seq.request.request_id].is_finished:
                 del self.live[seq.request.request_id]
         seq.finish_reason, seq.stop_reason = reason, stop_reason
-        self._journal.finished[seq.seq_id] = Finish(seq.seq_id, reason, stop_reason)
+        self._journal.finished[seq] = Finish(seq.seq_id, reason, stop_reason)
 
     def set_policy(self, policy: str | Policy | type) -> None:
         """Replace the policy; takes effect in the next step."""

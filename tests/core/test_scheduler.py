@@ -397,6 +397,19 @@ class TestLimits:
         with pytest.raises(UnknownRequest):
             b.scheduler.abort("req-0")
 
+    def test_a_name_may_be_taken_again_as_soon_as_its_owner_has_ended(self, bench):
+        b = bench(num_blocks=10)
+        b.add(20)
+        b.step()
+        b.scheduler.abort("req-0")
+        b.add(8, max_tokens=1, request_id="req-0")
+        record = b.step()
+        assert record.added == ("req-0",)
+        assert [(f.seq_id, f.reason) for f in record.finished] == [
+            ("req-0", "abort"),
+            ("req-0", "length"),
+        ]
+
     def test_stop_token_ends_a_sequence_and_frees_its_blocks_at_once(self, bench):
         probe = bench(num_blocks=100)
         live = probe.add([1, 2, 3])
