@@ -187,7 +187,7 @@ class ModelConfig:
         Raises `UnsupportedModel`."""
         arch = metadata.get("general.architecture")
         names = {f.gguf_name: a for a, f in reversed(_FAMILIES.items())}
-        if arch not in names:
+        if not isinstance(arch, str) or arch not in names:
             raise UnsupportedModel(
                 f"the GGUF file's architecture {arch!r} is not supported; supported are: "
                 + ", ".join(sorted(names))
