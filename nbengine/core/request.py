@@ -33,6 +33,7 @@ class Request:
     """What a caller asked for. Immutable: everything that changes lives in the sequences."""
 
     request_id: str
+    """Without `#`, which sets off the sample's index in the ids of sequences."""
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams | BeamSearchParams
     arrival: int = 0
@@ -68,7 +69,7 @@ class Request:
 @dataclass(slots=True, eq=False, repr=False)
 class Sequence:
     """One sample (or beam) of a request. Identity is by object; `seq_id` names it for people:
-    the request's id, with `.1`, `.2`, ... for its further samples."""
+    the request's id, with `#1`, `#2`, ... for its further samples."""
 
     seq_id: str
     request: Request

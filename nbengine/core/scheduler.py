@@ -461,13 +461,15 @@ class Scheduler:
 
     # ------------------------------------------------------------------ after the work
 
-    def commit(self, output: StepOutput) -> None:
+    def commit(self, output: StepOutput) -> list[Sequence]:
         """Take the step's results: tokens appended, full blocks cached, samples forked, sequences
-        that reached a stop token or a length limit finished."""
+        that reached a stop token or a length limit finished. Returns the sequences (beams apart)
+        that got a token."""
         size = self.config.block_size
         caching = self.config.enable_prefix_caching
         samples, sampled, errors = output.samples, self._journal.sampled, output.errors
         beams: dict[str, LiveRequest] = {}
+        advanced: list[Sequence] = []
         for seq, n in self._plan.scheduled:
             before = seq.num_computed_tokens
             seq.num_computed_tokens = computed = before + n
@@ -488,16 +490,18 @@ class Scheduler:
                 self._fail(seq, f"the executor returned {len(tokens)} tokens for this sequence")
                 continue
             if seq.pending_forks:
-                self._fork_samples(seq, tokens)
+                advanced += self._fork_samples(seq, tokens)
                 continue
             token = tokens[0]
             sampled[seq_id] = token
             seq.tokens.append(token)
+            advanced.append(seq)
             request = seq.request
             if token in request.stop_token_ids or len(seq.tokens) >= request.max_total_tokens:
                 self._check_stop(seq, token)
         for live in beams.values():
             self._advance_beams(live)
+        return advanced
 
     def _fail(self, seq: Sequence, error: str) -> None:
         """End a sequence that could not be computed; of a beam search, all beams."""
@@ -515,23 +519,25 @@ class Scheduler:
             if pool.remember(content, block):
                 self._journal.cached.append(CachedPrefix(seq.seq_id, block, content.digest))
 
-    def _fork_samples(self, seq: Sequence, tokens: list[int]) -> None:
+    def _fork_samples(self, seq: Sequence, tokens: list[int]) -> list[Sequence]:
         """The prompt of a request with n > 1 is computed: one sequence a sample from here on, each
         with its own first token and all sharing the prompt's blocks."""
         num_forks, seq.pending_forks = seq.pending_forks, 0
         self.num_seats_taken -= num_forks
         children = [self._fork(seq, index + 1) for index in range(num_forks)]
-        for sample, token in zip((seq, *children), tokens, strict=True):
+        samples = [seq, *children]
+        for sample, token in zip(samples, tokens, strict=True):
             self._journal.sampled[sample.seq_id] = token
             sample.tokens.append(token)
             self._check_stop(sample, token)
+        return samples
 
     def _fork(self, seq: Sequence, index: int) -> Sequence:
         """A sequence with the same tokens, sharing the blocks of a running `seq`. Where there is
         no seat for it, it waits and recomputes."""
         request = seq.request
         child = Sequence(
-            f"{request.request_id}.{index}",
+            f"{request.request_id}#{index}",
             request,
             index,
             list(seq.tokens),

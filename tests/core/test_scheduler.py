@@ -178,7 +178,7 @@ class TestForks:
         b = bench(num_blocks=100)
         live = b.add(40, params=SamplingParams(n=3, max_tokens=4, seed=1))
         record = b.step()
-        assert [f.child for f in record.forked] == ["req-0.1", "req-0.2"]
+        assert [f.child for f in record.forked] == ["req-0#1", "req-0#2"]
         assert b.scheduler.pool.num_held == 3
         record = b.step()
         assert [c.source for c in record.copied] == [2, 2], "the last holder writes in place"
