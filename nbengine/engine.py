@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbengine.config import EngineConfig
 from nbengine.core.history import History
-from nbengine.core.plan import StepOutput
+from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
@@ -139,7 +139,7 @@ class Engine:
             output = self._runner.execute_batch(plan, batch)
             executed = clock()
             advanced = scheduler.commit(output)
-            self._update_outputs(advanced, output)
+            self._update_outputs(plan, output, advanced)
         except BaseException as error:
             self.history.append(scheduler.take_back(error))
             raise
@@ -155,10 +155,15 @@ class Engine:
         self._deliver(record)
         return record
 
-    def _update_outputs(self, advanced: list[Sequence], output: StepOutput) -> None:
+    def _update_outputs(
+        self, plan: StepPlan, output: StepOutput, advanced: list[Sequence]
+    ) -> None:
         """Text, stop strings and logprobs of the sequences that got a token."""
-        for seq_id, rows in output.prompt_logprobs.items():
-            self._state_of(seq_id).take_prompt_logprobs(rows)
+        if output.prompt_logprobs:
+            for seq, _ in plan.scheduled:
+                if rows := output.prompt_logprobs.get(seq.seq_id):
+                    end = min(seq.num_computed_tokens + 1, seq.num_prompt_tokens)
+                    self._state_of(seq.seq_id).take_prompt_logprobs(end - len(rows), rows)
         for seq in advanced:
             state = self._states[seq.request.request_id]
             try:
@@ -267,6 +272,7 @@ class Engine:
             raise InvalidRequest(f"request id {name!r} is in use: choose another, or none")
         eos = self._eos_token_ids
         stops: frozenset[int] = frozenset()
+        bad_words: tuple[tuple[int, ...], ...] = ()
         seed = None
         max_tokens = params.max_tokens
         if isinstance(params, SamplingParams):
@@ -274,6 +280,12 @@ class Engine:
             if not params.ignore_eos:
                 stops |= eos
             seed = params.seed
+            if params.bad_words:
+                if self.tokenizer is None:
+                    raise InvalidField(
+                        "bad_words", params.bad_words, "needs a tokenizer (skip_tokenizer_init)"
+                    )
+                bad_words = self.tokenizer.bad_words_token_ids(params.bad_words)
         longest = self.config.max_model_len
         request = Request(
             name,
@@ -286,6 +298,7 @@ class Engine:
             seed=self._seeds.getrandbits(63) if seed is None else seed,
             eos_token_ids=eos,
             stop_token_ids=stops,
+            bad_words_token_ids=bad_words,
             max_total_tokens=longest if max_tokens is None else min(longest, len(ids) + max_tokens),
         )
         live = self.scheduler.add(request)

@@ -198,13 +198,14 @@ class RequestState:
             detokenizer = IncrementalDetokenizer(self.tokenizer, params)
         return _Sample(seq, detokenizer, [] if params.logprobs is not None else None)
 
-    def take_prompt_logprobs(self, rows: list[dict[int, Logprob]]) -> None:
-        """The next prompt tokens' logprobs, in order; a recomputed prompt repeats some."""
+    def take_prompt_logprobs(self, start: int, rows: list[dict[int, Logprob]]) -> None:
+        """Logprobs of the prompt tokens from position `start` on. What was computed before a
+        preemption is computed, and comes, again."""
         if self.prompt_logprobs is None:
             self.prompt_logprobs = [None]
-        missing = self.live.request.num_prompt_tokens - len(self.prompt_logprobs)
+        del self.prompt_logprobs[start:]
         decode = self.tokenizer is not None
-        self.prompt_logprobs += [self._decoded(r) if decode else r for r in rows[:missing]]
+        self.prompt_logprobs += [self._decoded(r) if decode else r for r in rows]
 
     def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
         assert self.tokenizer is not None

@@ -61,6 +61,7 @@ class MissCause(enum.StrEnum):
     DIFFERS = "differs"
     NEVER_SEEN = "never seen"
     DISABLED = "prefix caching is off"
+    PROMPT_LOGPROBS = "prompt_logprobs need every prompt token computed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class PrefixLookup:
                 )
             case MissCause.NEVER_SEEN:
                 return f"{hit}: no block like block {self.block_index} is in the cache"
-            case MissCause.DISABLED:
+            case MissCause.DISABLED | MissCause.PROMPT_LOGPROBS:
                 return f"{hit}: {self.cause}"
             case _:
                 return f"{hit}: all full blocks before the last token"

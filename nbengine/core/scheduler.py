@@ -404,7 +404,8 @@ class Scheduler:
         pool, journal = self.pool, self._journal
         total = len(seq.tokens)
         hits: list[int] = []
-        if not seq.host_blocks and self.config.enable_prefix_caching:
+        reads_cache = self.config.enable_prefix_caching and not seq.needs_every_prompt_token
+        if reads_cache and not seq.host_blocks:
             pool.prefix_cache.extend_contents(seq.contents, seq.tokens, seq.request.cache_salt)
             hits = pool.prefix_cache.lookup(seq.contents, total)
         num_hit_tokens = len(hits) * self.config.block_size
@@ -447,6 +448,8 @@ class Scheduler:
     def _explain_prefix(self, seq: Sequence, hits: list[int]) -> PrefixLookup:
         if not self.config.enable_prefix_caching:
             return PrefixLookup(len(seq.tokens), 0, MissCause.DISABLED)
+        if seq.needs_every_prompt_token:
+            return PrefixLookup(len(seq.tokens), 0, MissCause.PROMPT_LOGPROBS)
         return self.pool.prefix_cache.explain(
             seq.contents, seq.tokens, len(hits), seq.request.cache_salt
         )
