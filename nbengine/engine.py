@@ -91,20 +91,39 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        print(self.memory)
 
     def _load(self, config: EngineConfig) -> None:
-        from nbengine.execution.loading import load
+        from nbengine.execution.runner import ModelRunner
+        from nbengine.models.registry import resolve_model
 
-        loaded = load(config)
-        self._runner: ModelRunner | None = loaded.runner
-        self.config: EngineConfig = loaded.config
+        path = resolve_model(config.model, config.load_format)
+        self.tokenizer: Tokenizer | None = None
+        if not config.skip_tokenizer_init:
+            from nbengine.tokenizer import load_tokenizer
+
+            self.tokenizer = load_tokenizer(path, config.tokenizer)
+        runner, memory = ModelRunner.load(
+            path,
+            dtype=config.dtype,
+            device=config.device,
+            quantization=config.quantization,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            num_gpu_blocks_override=config.num_gpu_blocks_override,
+            swap_space=config.swap_space if config.preemption_mode == "swap" else 0.0,
+        )
+        self._runner: ModelRunner | None = runner
+        self.memory: MemoryBudget = memory
+        self.config: EngineConfig = config.resolve(memory.max_model_len, memory.num_blocks)
         """The configuration, with what was decided at start-up filled in."""
-        self.tokenizer: Tokenizer | None = loaded.tokenizer
-        self.memory: MemoryBudget = loaded.memory
-        self.vocab_size: int = loaded.vocab_size
-        self._eos_token_ids = loaded.eos_token_ids
+        self.vocab_size = runner.decoder.config.vocab_size
+        self._eos_token_ids = frozenset(runner.decoder.config.eos_token_ids)
         self.scheduler = Scheduler(
-            self.config.for_scheduler(loaded.num_host_blocks),
+            self.config.for_scheduler(memory.num_host_blocks),
             self.config.scheduling_policy,
             self.clock,
         )

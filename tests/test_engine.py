@@ -303,15 +303,15 @@ class TestFaults:
         engine = make()
         names = [engine.add_request(p, GREEDY) for p in PROMPTS]
         engine.step(3)
-        forward = engine._runner.model.forward
+        forward = engine._runner.decoder.forward
 
         def fail(*args, **kwargs):
             raise RuntimeError("planted")
 
-        engine._runner.model.forward = fail
+        engine._runner.decoder.forward = fail
         with pytest.raises(RuntimeError, match="planted"):
             engine.step()
-        engine._runner.model.forward = forward
+        engine._runner.decoder.forward = forward
         assert engine.history[-1].error == "RuntimeError: planted"
         engine.run()
         assert tokens(engine, names) == expected
@@ -320,23 +320,23 @@ class TestFaults:
         engine = make()
         names = [engine.add_request(p, GREEDY) for p in PROMPTS[:2]]
         engine.step()
-        compute = engine._runner.model.compute_logits
+        compute = engine._runner.decoder.compute_logits
 
         def poison(hidden):
             logits = compute(hidden)
             logits[0] = float("nan")
             return logits
 
-        engine._runner.model.compute_logits = poison
+        engine._runner.decoder.compute_logits = poison
         engine.step()
-        engine._runner.model.compute_logits = compute
+        engine._runner.decoder.compute_logits = compute
         engine.run()
         assert engine.output(names[0]).outputs[0].finish_reason == "error"
         assert tokens(engine, names[1:]) == expected[1:2]
 
     def test_a_background_failure_reaches_the_one_who_waits(self, make):
         engine = make()
-        engine._runner.model.forward = None
+        engine._runner.decoder.forward = None
         with pytest.raises(TypeError):
             list(engine.stream(PROMPTS[0], GREEDY))
         assert not engine.has_work
