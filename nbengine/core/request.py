@@ -51,6 +51,8 @@ class Request:
     """The model's end-of-sequence tokens."""
     stop_token_ids: frozenset[int] = frozenset()
     """What ends a sequence: those above unless `ignore_eos`, and the caller's stop_token_ids."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """`params.bad_words` as token sequences."""
     max_total_tokens: int = 0
     """Prompt and output tokens together may not pass this (max_tokens, max_model_len)."""
 
