@@ -128,8 +128,7 @@ class PagedRun:
         self.cache = KVCache.allocate(
             decoder.config, num_blocks, block_size, decoder.dtype, decoder.device
         )
-        # Stale values must not matter.
-        self.cache.data.normal_(generator=torch.Generator().manual_seed(seed)).mul_(100)
+        self.cache.data.fill_(float("nan"))  # what unused slots hold must not matter
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
 

@@ -7,8 +7,9 @@ integers go to the device in one buffer and one copy; the fields are views of it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class Batch:
     """The same facts for the CPU's control flow, without reading a tensor back."""
     context_lens: list[int]
     """Tokens that were in the cache before this step."""
+    attention_plans: dict[int | None, Any] = field(default_factory=dict)
+    """By window: what attention works out in the first layer and reuses in the others."""
 
     @classmethod
     def from_plan(

@@ -37,14 +37,14 @@ class KVCache:
         *,
         num_host_blocks: int = 0,
     ) -> KVCache:
-        """Zeroed blocks: attention reads whole blocks and masks, and 0 * garbage may be NaN.
-        Raises `NotEnoughMemory`."""
+        """Blocks of uninitialised memory: no unused slot reaches a result (see attention), and the
+        system commits a CPU's pages only as they are written. Raises `NotEnoughMemory`."""
         device = torch.device(device)
 
-        def zeros(n: int, where: torch.device | str, pinned: bool) -> Tensor:
+        def empty(n: int, where: torch.device | str, pinned: bool) -> Tensor:
             shape = (config.num_layers, 2, n, config.num_kv_heads, block_size, config.head_dim)
             try:
-                return torch.zeros(shape, dtype=dtype, device=where, pin_memory=pinned)
+                return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
             except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
                 each = bytes_per_block(config, block_size, dtype)
                 raise NotEnoughMemory(
@@ -54,7 +54,7 @@ class KVCache:
                 ) from error
 
         pinned = device.type == "cuda" and num_host_blocks > 0
-        return cls(zeros(num_blocks, device, False), zeros(num_host_blocks, "cpu", pinned))
+        return cls(empty(num_blocks, device, False), empty(num_host_blocks, "cpu", pinned))
 
     @property
     def num_blocks(self) -> int:
@@ -85,13 +85,6 @@ class KVCache:
     def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
         """(host block, device block)."""
         _copy(self.host, self.data, pairs)
-
-    def clear_nans(self, block_ids: Sequence[int]) -> None:
-        """Zero NaNs and infinities in these blocks, before others reuse them: a masked position
-        has probability 0, but 0 * NaN is NaN."""
-        ids = torch.tensor(block_ids, device=self.data.device)
-        blocks = self.data[:, :, ids]
-        self.data[:, :, ids] = blocks.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -102,7 +102,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     quantization: Quantization | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     max_model_len: int | None = None,
 ) -> Decoder:
     """Load a model by name or path.
@@ -111,7 +111,7 @@ def load_model(
     quantization that is unknown. `max_model_len` bounds the positions (default: the model's own).
     """
     checkpoint = open_checkpoint(resolve_model(path))
-    device = torch.device(device)
+    device = resolve_device(device)
     return build_decoder(
         checkpoint,
         dtype=resolve_dtype(dtype, checkpoint.config, quantization, device),
@@ -119,6 +119,21 @@ def load_model(
         device=device,
         max_positions=max_model_len,
     )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is a CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidField("device", device, "must be auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InvalidField(
+            "device", str(device), f"this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return resolved
 
 
 def resolve_dtype(
