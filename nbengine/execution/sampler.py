@@ -430,6 +430,13 @@ def _at_least(values: torch.Tensor, threshold: Floats) -> tuple[Ints, Ints, Floa
     return rows, places, found.astype(np.float64)
 
 
+def _num_above(values: torch.Tensor, bounds: torch.Tensor) -> list[int]:
+    """How many values of each row are larger than the row's bound."""
+    if values.device.type == "cpu":
+        return np.count_nonzero(values.numpy() > bounds.numpy()[:, None], axis=1).tolist()
+    return (values > bounds[:, None]).sum(dim=1).tolist()
+
+
 def _softmax(scores: torch.Tensor, largest: Floats, temperatures: Floats) -> torch.Tensor:
     """Probabilities [R, V] in float32. Shifting before dividing keeps small temperatures finite."""
     shift = torch.from_numpy(largest.astype(np.float32)[:, None]).to(scores.device)
@@ -478,20 +485,20 @@ def _logprob_dicts(
     where = torch.tensor(list(row_of), device=logprobs.device)
     chosen = torch.tensor(list(token_ids), device=logprobs.device)
     values = logprobs[where, chosen]
-    ranks = (logprobs[where] > values[:, None]).sum(dim=1) + 1
+    num_above = _num_above(logprobs[where], values)
     result = []
-    for row, token_id, value, rank in zip(
-        row_of, token_ids, values.tolist(), ranks.tolist(), strict=True
+    for row, token_id, value, above in zip(
+        row_of, token_ids, values.tolist(), num_above, strict=True
     ):
-        entry = {token_id: Logprob(value, rank)}
+        entry = {token_id: Logprob(value, above + 1)}
         ids, of_best = best[row]
-        above, previous = 0, math.inf
+        rank, previous = 0, math.inf
         for place, (other, logprob) in enumerate(
             zip(ids.tolist(), of_best.tolist(), strict=True), start=1
         ):
             if logprob < previous:
-                above, previous = place, logprob
-            entry.setdefault(other, Logprob(logprob, above))
+                rank, previous = place, logprob
+            entry.setdefault(other, Logprob(logprob, rank))
         result.append(entry)
     return result
 
