@@ -357,7 +357,7 @@ def explanation(output: str) -> str:
             "A dependency has no ready wheel for this machine, and could not be compiled.\n"
             "Install a C++ compiler and Python's headers: sudo apt install g++ python3-dev"
         )
-    elif "No matching distribution" in output:
+    elif "o matching distribution" in output:
         reason = (
             f"The package index has no version of a package that suits {platform.machine()} and this\n"
             "Python (see below). Another Python between 3.11 and 3.14 may do."
