@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -42,8 +41,7 @@ def sdist_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sdist, unpacked."""
     directory = tmp_path_factory.mktemp("sdist")
     archive = build("sdist", ROOT, directory)
-    with tarfile.open(archive) as tar:
-        tar.extractall(directory, filter="data")
+    shutil.unpack_archive(archive, directory)
     (tree,) = (path for path in directory.iterdir() if path.is_dir())
     return tree
 
