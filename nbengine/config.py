@@ -96,7 +96,7 @@ class EngineConfig:
             ("load_format", ("auto", "safetensors", "gguf")),
             ("dtype", ("auto", "float32", "float", "bfloat16", "float16", "half")),
         ):
-            check(name, lambda v, allowed=allowed: v in allowed, f"must be one of {allowed}")
+            check(name, allowed.__contains__, f"must be one of {allowed}")
         make_policy(self.scheduling_policy)
 
     def resolve(self, max_model_len: int, num_blocks: int) -> EngineConfig:

@@ -97,7 +97,10 @@ class Engine:
         from nbengine.execution.runner import ModelRunner
         from nbengine.models.registry import resolve_model
 
-        path = resolve_model(config.model, config.load_format)
+        path = resolve_model(config.model)
+        found = "gguf" if path.suffix == ".gguf" else "safetensors"
+        if config.load_format not in ("auto", found):
+            raise InvalidField("load_format", config.load_format, f"but {path} holds {found}")
         self.tokenizer: Tokenizer | None = None
         if not config.skip_tokenizer_init:
             from nbengine.tokenizer import load_tokenizer
@@ -107,7 +110,7 @@ class Engine:
             path,
             dtype=config.dtype,
             device=config.device,
-            quantization=config.quantization,
+            quantization=config.quantization,  # type: ignore[arg-type]  # checked by the config
             block_size=config.block_size,
             max_model_len=config.max_model_len,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -121,7 +124,9 @@ class Engine:
         self.config: EngineConfig = config.resolve(memory.max_model_len, memory.num_blocks)
         """The configuration, with what was decided at start-up filled in."""
         self.vocab_size = runner.decoder.config.vocab_size
-        self._eos_token_ids = frozenset(runner.decoder.config.eos_token_ids)
+        self._eos_token_ids = frozenset(runner.decoder.config.eos_token_ids) | (
+            self.tokenizer.eos_token_ids if self.tokenizer else frozenset()
+        )
         self.scheduler = Scheduler(
             self.config.for_scheduler(memory.num_host_blocks),
             self.config.scheduling_policy,
@@ -155,7 +160,7 @@ class Engine:
             scheduled = clock()
             batch = self._runner.prepare(plan)
             prepared = clock()
-            output = self._runner.execute_batch(plan, batch)
+            output = self._runner.compute(batch)
             executed = clock()
             advanced = scheduler.commit(output)
             self._update_outputs(plan, output, advanced)
@@ -174,9 +179,7 @@ class Engine:
         self._deliver(record)
         return record
 
-    def _update_outputs(
-        self, plan: StepPlan, output: StepOutput, advanced: list[Sequence]
-    ) -> None:
+    def _update_outputs(self, plan: StepPlan, output: StepOutput, advanced: list[Sequence]) -> None:
         """Text, stop strings and logprobs of the sequences that got a token."""
         if output.prompt_logprobs:
             for seq, _ in plan.scheduled:
@@ -589,10 +592,7 @@ class Engine:
                 if not state.finished:
                     self.scheduler.abort(state.live.request.request_id)
                     self._retire(state, self.clock())
-            if getattr(self, "_runner", None) is not None:
-                assert self._runner is not None
-                self._runner.close()
-                self._runner = None
+            self._runner = None
 
         self._thread.call(close)
         self._thread.stop()

@@ -19,7 +19,7 @@ from nbengine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 if TYPE_CHECKING:
     from nbengine.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
+Message = dict[str, Any]
 """`{"role": ..., "content": ...}`"""
 
 
@@ -77,9 +77,7 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        chat_template: str | None = None,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or a batch of them, through the model's own chat template
@@ -96,9 +94,7 @@ class LLM:
         prompts = [
             self._render(
                 conversation,  # type: ignore[arg-type]  # one level deeper than its static type
-                chat_template,
                 add_generation_prompt,
-                continue_final_message,
                 chat_template_kwargs or {},
             )
             for conversation in conversations
@@ -108,21 +104,20 @@ class LLM:
     def _render(
         self,
         messages: Seq[Message],
-        chat_template: str | None = None,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         tokenizer = self.get_tokenizer()
         text = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template=chat_template,
             **(template_kwargs or {}),
         )
         # The template has written the special tokens itself.
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, False)}
+        return {
+            "prompt": text,
+            "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False),
+        }
 
     def beam_search(
         self,
@@ -172,7 +167,7 @@ class LLM:
 
     def _prompt_or_chat(self, prompt: Prompt | Seq[Message]) -> Prompt:
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            return self._render(prompt)  # type: ignore[arg-type]  # checked just now
+            return self._render(prompt)  # type: ignore[arg-type]  # as just seen
         return prompt  # type: ignore[return-value]  # likewise
 
     def _run(

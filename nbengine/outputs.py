@@ -187,15 +187,25 @@ class RequestState:
                 entry = self._decoded(entry)
             sample.logprobs.append(entry)
             sample.cumulative_logprob += entry[token].logprob
-        ended_by_token = seq.finish_reason == "stop" and not params.include_stop_str_in_output
-        if sample.detokenizer is None or ended_by_token:
+        if sample.detokenizer is None:
             return None
-        return sample.detokenizer.append(token)
+        ended_by_token = seq.finish_reason == "stop"
+        if params.include_stop_str_in_output or not ended_by_token:
+            sample.detokenizer.append(token)
+        stop = sample.detokenizer.finish() if seq.is_finished else sample.detokenizer.stop_string
+        # A stop token was there first; a length limit yields to a stop string in the last token.
+        return None if ended_by_token else stop
 
     def _new_sample(self, seq: Sequence, params: SamplingParams) -> _Sample:
         detokenizer = None
         if self.tokenizer is not None and params.detokenize:
-            detokenizer = IncrementalDetokenizer(self.tokenizer, params)
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                stop=params.stop or (),
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+            )
         return _Sample(seq, detokenizer, [] if params.logprobs is not None else None)
 
     def take_prompt_logprobs(self, start: int, rows: list[dict[int, Logprob]]) -> None:
@@ -245,7 +255,7 @@ class RequestState:
         sample.num_delivered = sample.num_tokens
         text = ""
         if detokenizer is not None:
-            if seq.is_finished:
+            if seq.is_finished:  # also by an abort, which no token tells
                 detokenizer.finish()
             text = detokenizer.take_delta() if is_delta else detokenizer.text
         return CompletionOutput(

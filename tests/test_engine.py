@@ -299,44 +299,45 @@ class TestBadInput:
 
 
 class TestFaults:
-    def test_a_failed_step_raises_its_own_error_and_loses_nothing(self, make, expected):
+    def test_a_failed_step_raises_its_own_error_and_loses_nothing(
+        self, make, expected, monkeypatch
+    ):
         engine = make()
         names = [engine.add_request(p, GREEDY) for p in PROMPTS]
         engine.step(3)
-        forward = engine._runner.decoder.forward
 
         def fail(*args, **kwargs):
             raise RuntimeError("planted")
 
-        engine._runner.decoder.forward = fail
-        with pytest.raises(RuntimeError, match="planted"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
+            patch.setattr(type(engine._runner.decoder), "forward", fail)
             engine.step()
-        engine._runner.decoder.forward = forward
         assert engine.history[-1].error == "RuntimeError: planted"
         engine.run()
         assert tokens(engine, names) == expected
 
-    def test_nan_logits_end_that_request_alone(self, make, expected):
+    def test_nan_logits_end_that_request_alone(self, make, expected, monkeypatch):
         engine = make()
         names = [engine.add_request(p, GREEDY) for p in PROMPTS[:2]]
         engine.step()
-        compute = engine._runner.decoder.compute_logits
+        decoder = type(engine._runner.decoder)
+        compute = decoder.compute_logits
 
-        def poison(hidden):
-            logits = compute(hidden)
+        def poison(self, hidden):
+            logits = compute(self, hidden).clone()
             logits[0] = float("nan")
             return logits
 
-        engine._runner.decoder.compute_logits = poison
-        engine.step()
-        engine._runner.decoder.compute_logits = compute
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "compute_logits", poison)
+            engine.step()
         engine.run()
         assert engine.output(names[0]).outputs[0].finish_reason == "error"
         assert tokens(engine, names[1:]) == expected[1:2]
 
-    def test_a_background_failure_reaches_the_one_who_waits(self, make):
+    def test_a_background_failure_reaches_the_one_who_waits(self, make, monkeypatch):
         engine = make()
-        engine._runner.decoder.forward = None
+        monkeypatch.setattr(type(engine._runner.decoder), "forward", None)
         with pytest.raises(TypeError):
             list(engine.stream(PROMPTS[0], GREEDY))
         assert not engine.has_work
