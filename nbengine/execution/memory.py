@@ -194,20 +194,21 @@ def _free_memory(device: torch.device, fraction: float) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, int(total * fraction) - (total - free)
-    free = _free_host_memory()
+    free = free_host_memory()
     return free, int(free * fraction)
 
 
-def _free_host_memory() -> int:
-    """Free memory of the machine, or of the container where that is less."""
+def free_host_memory(
+    meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Free memory of the machine, or of the container (cgroup v2) where that is less."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = meminfo.read_text().splitlines()
         fields = dict(line.split(":") for line in lines)
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):  # not Linux: half of what the machine has
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
-        group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no limit ("max") or no cgroups

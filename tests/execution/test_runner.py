@@ -1,6 +1,7 @@
 """The runner turns plans into tokens: the same ones, however the scheduler cuts the work."""
 
 import copy
+from itertools import chain
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_prompt_logprobs_come_with_the_chunk_that_computes_the_token_before(mode
     entries = [output.prompt_logprobs.get("req-0-0", []) for output in engine.outputs]
     assert [len(e) for e in entries] == [20, 12, 0, 0, 0]
     log_probabilities = reference_logits(reference, prompt).log_softmax(-1)
-    for position, entry in enumerate(sum(entries, []), start=1):
+    for position, entry in enumerate(chain.from_iterable(entries), start=1):
         token = prompt[position]
         want = log_probabilities[position - 1, token].item()
         assert entry[token].logprob == pytest.approx(want, rel=1e-3, abs=1e-3)
