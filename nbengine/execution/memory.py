@@ -113,7 +113,7 @@ def plan_memory(
     if max_model_len is not None and max_model_len > positions:
         raise InvalidField("max_model_len", max_model_len, f"the model has {positions} positions")
     available, usable = _free_memory(device, gpu_memory_utilization)
-    weights = weight_bytes(config, dtype, quantization)
+    weights = weight_bytes(config, dtype, quantization, max_model_len or positions)
     activations = activation_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
     left = usable - weights - activations
     block_bytes = bytes_per_block(config, block_size, dtype)
@@ -136,6 +136,8 @@ def plan_memory(
         needed = per_sequence if max_model_len is not None else 1
         if fitting < needed:
             smaller = f"max_model_len={fitting * block_size}, " if fitting else ""
+            if dtype == torch.float32:
+                smaller += "dtype='bfloat16', "
             raise NotEnoughMemory(
                 f"{_shown(needed * block_bytes)} of KV cache for one sequence of "
                 f"{needed * block_size} tokens do not fit beside {sizes}: try {smaller}"
@@ -162,15 +164,18 @@ def plan_memory(
     )
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: str | None) -> int:
-    """What a decoder's weights will hold, to within a percent."""
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantization: str | None, num_positions: int
+) -> int:
+    """What a decoder's weights and rope table will hold, to within a percent."""
     embedding = config.vocab_size * config.hidden_size
     matrices = config.num_parameters - embedding * (1 if config.tie_word_embeddings else 2)
 
     def size(count: int, kind: str | None) -> float:
         return count * (_BYTES_PER_WEIGHT[kind] if kind else dtype.itemsize)
 
-    total = embedding * dtype.itemsize + size(matrices, quantization)
+    table = 2 * num_positions * config.head_dim
+    total = (embedding + table) * dtype.itemsize + size(matrices, quantization)
     head = HEAD_QUANTIZATION[quantization]
     if head is not None or not config.tie_word_embeddings:
         total += size(embedding, head)

@@ -1,6 +1,7 @@
 """The runner turns plans into tokens: the same ones, however the scheduler cuts the work."""
 
 import copy
+import weakref
 from itertools import chain
 
 import pytest
@@ -259,6 +260,14 @@ def test_blocks_are_swapped_out_then_in_then_copied_then_written(model):
 
 def test_an_empty_plan_computes_nothing(model):
     assert make_runner(model[0]).execute(StepPlan()) == StepOutput()
+
+
+def test_close_gives_the_memory_back(tmp_path):
+    save_reference("qwen2", tmp_path)
+    runner, _ = ModelRunner.load(tmp_path / "qwen2", device="cpu", num_gpu_blocks_override=10)
+    held = [weakref.ref(runner.decoder.embedding), weakref.ref(runner.kv_cache.data)]
+    runner.close()
+    assert [reference() for reference in held] == [None, None]
 
 
 def test_load_gives_a_runner_that_fits_the_budget(tmp_path):
