@@ -592,7 +592,9 @@ class Engine:
                 if not state.finished:
                     self.scheduler.abort(state.live.request.request_id)
                     self._retire(state, self.clock())
-            self._runner = None
+            runner, self._runner = getattr(self, "_runner", None), None
+            if runner is not None:
+                runner.close()
 
         self._thread.call(close)
         self._thread.stop()

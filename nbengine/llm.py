@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbengine.core.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from nbengine.engine import Engine, Params, Prompt
-from nbengine.errors import InvalidRequest
+from nbengine.errors import InvalidField, InvalidRequest
 from nbengine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class LLM:
             SamplingParams() for _ in batch
         ]
         priorities = _one_each(priority, len(batch), "priority") or [0] * len(batch)
+        for p in params:
+            if not isinstance(p, SamplingParams):
+                raise InvalidField("sampling_params", p, "must be SamplingParams")
         final = [p.clone(output_kind=RequestOutputKind.FINAL_ONLY) for p in params]
         return self._run(batch, final, priorities, use_tqdm)
 

@@ -113,7 +113,7 @@ def plan_memory(
     if max_model_len is not None and max_model_len > positions:
         raise InvalidField("max_model_len", max_model_len, f"the model has {positions} positions")
     available, usable = _free_memory(device, gpu_memory_utilization)
-    weights = weight_bytes(config, dtype, quantization)
+    weights = weight_bytes(config, dtype, quantization, max_model_len or positions)
     activations = activation_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
     left = usable - weights - activations
     block_bytes = bytes_per_block(config, block_size, dtype)
@@ -136,6 +136,8 @@ def plan_memory(
         needed = per_sequence if max_model_len is not None else 1
         if fitting < needed:
             smaller = f"max_model_len={fitting * block_size}, " if fitting else ""
+            if dtype == torch.float32:
+                smaller += "dtype='bfloat16', "
             raise NotEnoughMemory(
                 f"{_shown(needed * block_bytes)} of KV cache for one sequence of "
                 f"{needed * block_size} tokens do not fit beside {sizes}: try {smaller}"
@@ -162,15 +164,18 @@ def plan_memory(
     )
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: str | None) -> int:
-    """What a decoder's weights will hold, to within a percent."""
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantization: str | None, num_positions: int
+) -> int:
+    """What a decoder's weights and rope table will hold, to within a percent."""
     embedding = config.vocab_size * config.hidden_size
     matrices = config.num_parameters - embedding * (1 if config.tie_word_embeddings else 2)
 
     def size(count: int, kind: str | None) -> float:
         return count * (_BYTES_PER_WEIGHT[kind] if kind else dtype.itemsize)
 
-    total = embedding * dtype.itemsize + size(matrices, quantization)
+    table = 2 * num_positions * config.head_dim
+    total = (embedding + table) * dtype.itemsize + size(matrices, quantization)
     head = HEAD_QUANTIZATION[quantization]
     if head is not None or not config.tie_word_embeddings:
         total += size(embedding, head)
@@ -194,20 +199,21 @@ def _free_memory(device: torch.device, fraction: float) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, int(total * fraction) - (total - free)
-    free = _free_host_memory()
+    free = free_host_memory()
     return free, int(free * fraction)
 
 
-def _free_host_memory() -> int:
-    """Free memory of the machine, or of the container where that is less."""
+def free_host_memory(
+    meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Free memory of the machine, or of the container (cgroup v2) where that is less."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = meminfo.read_text().splitlines()
         fields = dict(line.split(":") for line in lines)
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):  # not Linux: half of what the machine has
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
-        group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no limit ("max") or no cgroups

@@ -118,8 +118,8 @@ class ModelRunner:
         """The second half of `execute`. If it raises, what the plan's blocks hold is unknown."""
         plan = prepared.plan
         if not self._is_set_up:
-            # A setting of the thread, and this is the one that computes: with denormal numbers a
-            # matrix product can take twenty times as long.
+            # With denormal numbers a matrix product can take twenty times as long. It is a setting
+            # of this thread, and of OpenMP's workers that it starts from now on.
             torch.set_flush_denormal(True)
             self._is_set_up = True
         self.kv_cache.swap_out(plan.swap_out)
@@ -130,6 +130,13 @@ class ModelRunner:
             with torch.inference_mode():
                 self._compute(plan, prepared.batch, prepared.wanted, output)
         return output
+
+    def close(self) -> None:
+        """Give the memory of weights and cache back; the runner is of no use after this."""
+        is_cuda = self.decoder.device.type == "cuda"
+        del self.decoder, self.kv_cache
+        if is_cuda:
+            torch.cuda.empty_cache()
 
     def _compute(self, plan: StepPlan, batch: Batch, wanted: _Wanted, output: StepOutput) -> None:
         hidden = self.decoder.forward(batch, self.kv_cache)

@@ -81,6 +81,15 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UnsupportedModel(f"head_dim={self.head_dim} is odd: rope turns pairs")
+        if self.rope_theta <= 1:
+            raise UnsupportedModel(f"rope_theta={self.rope_theta:g} must be above 1")
+        if isinstance(self.rope_scaling, FrequencyDivisors):
+            divisors = self.rope_scaling.divisors
+            if len(divisors) != self.head_dim // 2 or not all(0 < d < 1e9 for d in divisors):
+                raise UnsupportedModel(
+                    f"{len(divisors)} rope divisors from {min(divisors)} to {max(divisors)}: "
+                    f"head_dim={self.head_dim} needs {self.head_dim // 2} positive ones"
+                )
 
     @property
     def q_size(self) -> int:

@@ -70,11 +70,16 @@ def resolve_model(name: str | os.PathLike[str]) -> Path:
 
     Raises `ModelNotFound`, which says what was tried and what to run.
     """
-    path = Path(name).expanduser()
     name = os.fspath(name)
-    if path.is_dir():
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long for a path, or no such home
+        raise ModelNotFound(f"model {name!r:.80} is no possible path: {error.args[-1]}") from error
+    if is_directory:
         return _in_directory(path)
-    if path.is_file():
+    if is_file:
         if path.suffix == ".gguf":
             return path
         raise ModelNotFound(

@@ -88,7 +88,7 @@ def parse_rope_scaling(
 
     if kind == "linear":
         return LinearScaling(number("factor"))
-    original = int(number("original_max_position_embeddings", max_position_embeddings))
+    original = max(1, int(number("original_max_position_embeddings", max_position_embeddings)))
     if kind == "llama3":
         scaling = Llama3Scaling(
             number("factor"), number("low_freq_factor"), number("high_freq_factor"), original

@@ -222,7 +222,7 @@ def _weight_files(directory: Path) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             # The index is somebody's file: it may not point outside the directory.
-            if Path(name).name != name:
+            if not name or Path(name).name != name:
                 raise WeightsError(f"{index}: {name!r} is not the name of a file beside it")
         paths = [directory / name for name in names]
         missing = [path.name for path in paths if not path.is_file()]

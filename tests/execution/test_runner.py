@@ -1,6 +1,8 @@
 """The runner turns plans into tokens: the same ones, however the scheduler cuts the work."""
 
 import copy
+import weakref
+from itertools import chain
 
 import pytest
 import torch
@@ -179,7 +181,7 @@ def test_prompt_logprobs_come_with_the_chunk_that_computes_the_token_before(mode
     entries = [output.prompt_logprobs.get("req-0-0", []) for output in engine.outputs]
     assert [len(e) for e in entries] == [20, 12, 0, 0, 0]
     log_probabilities = reference_logits(reference, prompt).log_softmax(-1)
-    for position, entry in enumerate(sum(entries, []), start=1):
+    for position, entry in enumerate(chain.from_iterable(entries), start=1):
         token = prompt[position]
         want = log_probabilities[position - 1, token].item()
         assert entry[token].logprob == pytest.approx(want, rel=1e-3, abs=1e-3)
@@ -258,6 +260,14 @@ def test_blocks_are_swapped_out_then_in_then_copied_then_written(model):
 
 def test_an_empty_plan_computes_nothing(model):
     assert make_runner(model[0]).execute(StepPlan()) == StepOutput()
+
+
+def test_close_gives_the_memory_back(tmp_path):
+    save_reference("qwen2", tmp_path)
+    runner, _ = ModelRunner.load(tmp_path / "qwen2", device="cpu", num_gpu_blocks_override=10)
+    held = [weakref.ref(runner.decoder.embedding), weakref.ref(runner.kv_cache.data)]
+    runner.close()
+    assert [reference() for reference in held] == [None, None]
 
 
 def test_load_gives_a_runner_that_fits_the_budget(tmp_path):

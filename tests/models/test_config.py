@@ -140,6 +140,7 @@ def test_parameters_are_counted_from_the_shapes():
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"num_key_value_heads": 3}, "num_heads=4.*num_kv_heads=3"),
         ({"head_dim": 15}, "head_dim=15"),
+        ({"rope_theta": 1.0}, "rope_theta=1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     ],
 )
@@ -189,7 +190,10 @@ def test_gguf_rope_scalings():
         return ModelConfig.from_gguf(given, TENSORS, divisors).rope_scaling
 
     assert scaling() is None
-    assert scaling(divisors=(1.0, 2.0)) == FrequencyDivisors((1.0, 2.0))
+    assert scaling(divisors=(1.0, 2.0) * 4) == FrequencyDivisors((1.0, 2.0) * 4)
+    for wrong in ((1.0, 2.0), (1.0, 0.0) * 4, (1.0, float("nan")) * 4):
+        with pytest.raises(UnsupportedModel, match=r"rope divisors.*needs 8 positive"):
+            scaling(divisors=wrong)
     assert scaling(e_linear=4.0) == LinearScaling(4.0)
     linear = {"ing.type": "linear", "ing.factor": 2.0}
     assert scaling(**linear) == LinearScaling(2.0)
