@@ -128,6 +128,8 @@ def load_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Tok
             f"no tokenizer at {source}: give a directory with tokenizer.json, the file itself, or "
             "a .gguf file"
         )
+    if source.name == "tokenizer.json" and (source.parent / "tokenizer_config.json").is_file():
+        return _from_directory(source.parent)
     with source.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"
     return _from_gguf(source) if is_gguf else _from_json(source)
