@@ -1,4 +1,5 @@
-"""Models that tests share: small random ones in Hugging Face layout, and SmolLM2 itself."""
+"""Models that tests share: small random ones in Hugging Face layout, and SmolLM2 itself. And the
+line on simulated lives at the end of a run."""
 
 from __future__ import annotations
 
@@ -46,3 +47,17 @@ def smollm2() -> Iterator[object]:
         "smollm2-135m", quantization="int4", max_model_len=1024, num_gpu_blocks_override=256
     ) as llm:
         yield llm
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Add up what the simulation's tests report, from whichever worker they ran on."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    lives = [dict(r.user_properties) for r in reports if r.when == "call"]
+    lives = [properties for properties in lives if "simulated_seeds" in properties]
+    if lives:
+        seeds = sum(properties["simulated_seeds"] for properties in lives)
+        seconds = sum(properties["cpu_seconds"] for properties in lives)
+        terminalreporter.write_line(
+            f"simulation: {seeds:,} seeds in {seconds:.1f} s of CPU, "
+            f"{seeds / seconds:,.0f} seeds/s on one core"
+        )

@@ -80,16 +80,17 @@ class Replay:
             sequences[seq_id].output_token_ids.append(token)
 
         for seq_id, source, destination in record.copied:
-            table = sequences[seq_id].block_table
-            table[table.index(source)] = destination
+            blocks = sequences[seq_id].block_table
+            blocks[blocks.index(source)] = destination
         # A sequence takes blocks at the end of its table and gives back all of it at once. So,
         # whatever the order, what was released is the front of what it had and took.
         for move in (*record.shared, *record.allocated):
             sequences[move.seq_id].block_table += move.blocks
         for move in released:
-            table = sequences[move.seq_id].block_table
-            assert tuple(table[: len(move.blocks)]) == move.blocks, (record.step, move, table)
-            del table[: len(move.blocks)]
+            seq = sequences[move.seq_id]
+            num_blocks = len(move.blocks)
+            assert tuple(seq.block_table[:num_blocks]) == move.blocks, (record.step, move, seq)
+            del seq.block_table[:num_blocks]
 
         for preemption in record.preempted:
             if preemption.mode == "error":  # at the end of the step, whatever came before

@@ -408,8 +408,8 @@ class Scheduler:
         pool, journal = self.pool, self._journal
         total = len(seq.tokens)
         hits: list[int] = []
-        reads_cache = self.config.enable_prefix_caching and not seq.needs_every_prompt_token
-        if reads_cache and not seq.host_blocks:
+        no_lookup = self._why_no_lookup(seq)
+        if no_lookup is None:
             pool.prefix_cache.extend_contents(seq.contents, seq.tokens, seq.request.cache_salt)
             hits = pool.prefix_cache.lookup(seq.contents, total)
         num_hit_tokens = len(hits) * self.config.block_size
@@ -442,21 +442,29 @@ class Scheduler:
         resumed = seq.status is Status.PREEMPTED
         if not resumed:
             seq.num_cached_tokens = num_hit_tokens
-        journal.admitted.append(Admission(seq.seq_id, self._explain_prefix(seq, hits), resumed))
+        prefix = (
+            PrefixLookup(total, 0, no_lookup)
+            if no_lookup is not None
+            else pool.prefix_cache.explain(
+                seq.contents, seq.tokens, len(hits), seq.request.cache_salt
+            )
+        )
+        journal.admitted.append(Admission(seq.seq_id, prefix, resumed))
         self.waiting.remove(seq)
         self._run(seq)
         plan.scheduled.append((seq, n))
         journal.scheduled[seq.seq_id] = n
         return n, None
 
-    def _explain_prefix(self, seq: Sequence, hits: list[int]) -> PrefixLookup:
+    def _why_no_lookup(self, seq: Sequence) -> MissCause | None:
+        """The reason not to look for the sequence's prefix in the cache, if there is one."""
         if not self.config.enable_prefix_caching:
-            return PrefixLookup(len(seq.tokens), 0, MissCause.DISABLED)
+            return MissCause.DISABLED
+        if seq.host_blocks:
+            return MissCause.SWAPPED
         if seq.needs_every_prompt_token:
-            return PrefixLookup(len(seq.tokens), 0, MissCause.PROMPT_LOGPROBS)
-        return self.pool.prefix_cache.explain(
-            seq.contents, seq.tokens, len(hits), seq.request.cache_salt
-        )
+            return MissCause.PROMPT_LOGPROBS
+        return None
 
     def _swap_in(self, plan: StepPlan, seq: Sequence) -> None:
         device = seq.block_table[: len(seq.host_blocks)]

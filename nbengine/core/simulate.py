@@ -289,7 +289,7 @@ class Faults:
     def draw(cls, rng: Random) -> Faults:
         if rng.random() < 0.4:
             return cls()
-        return cls(*(rng.choice([0, 0, 0.01, 0.08]) for _ in range(7)))
+        return cls(*(rng.choice([0, 0, 0.02, 0.1]) for _ in range(7)))
 
 
 # ---------------------------------------------------------------------- one life
@@ -366,7 +366,9 @@ class Simulation:
     def _execute(self, plan: StepPlan) -> StepOutput:
         faults = self.faults
         self.now += 40.0 if self._strikes(faults.slow_step) else 1.0
-        if self._strikes(faults.step_raises):
+        # Faults like the moments in which most can go wrong.
+        weight = 5 if plan.swap_out or plan.swap_in or plan.copies else 1
+        if self._strikes(faults.step_raises * weight):
             if self.rng.random() < 0.5:
                 self.device.execute(plan)
             self.device.scramble(plan)
@@ -391,13 +393,14 @@ class Simulation:
         return "refuse" if self._strikes(self.faults.allocation_refused) else ""
 
     def _policy_raises(self) -> bool:
-        return self._strikes(self.faults.policy_raises / 4)
+        return self._strikes(self.faults.policy_raises)
 
     def _draw_policy(self) -> Policy | type | str:
-        return self.rng.choice(
-            ["fcfs", "fcfs", "priority", "sjf", LastComeFirstServed, FewestOutputTokensFirst]
-            + ([Moody(self._policy_raises)] if self.faults.policy_raises else [])
-        )
+        policies: list[Policy | type | str]
+        policies = ["fcfs", "fcfs", "priority", "sjf", LastComeFirstServed, FewestOutputTokensFirst]
+        if self.faults.policy_raises:
+            policies += [Moody(self._policy_raises)] * 3
+        return self.rng.choice(policies)
 
     def _draw_events(self) -> None:
         rng = self.rng
@@ -409,8 +412,10 @@ class Simulation:
             if rng.random() < 0.15:
                 self._at(at + rng.uniform(0, 12), self._abort, request.request_id)
             at += rng.expovariate(1 / mean_gap)
+        at += rng.uniform(0, 40)
         for _ in range(rng.choice([0, 0, 1, 4])):
             self._at(rng.uniform(0, at), rng.choice([self._set_policy, self._reset_prefix_cache]))
+        self._at(at, lambda: None)  # from here on it is quiet
 
     def _at(self, when: float, do: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self._events, (when, len(self._events), lambda: do(*args)))
@@ -476,7 +481,7 @@ class Simulation:
             assert 0 < n <= seq.num_uncomputed_tokens and seq.status is Status.RUNNING
             if n < seq.num_uncomputed_tokens:
                 assert config.enable_chunked_prefill and seq.seq_id in explained, seq
-            if 0 < config.long_prefill_token_threshold and config.enable_chunked_prefill:
+            if config.long_prefill_token_threshold > 0 and config.enable_chunked_prefill:
                 assert n <= config.long_prefill_token_threshold
 
         # Nobody is overtaken: who computes comes before all who could and do not.
