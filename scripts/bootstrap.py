@@ -36,6 +36,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     arguments.add_argument("--venv", default=".venv", help="where to install (default: .venv)")
     arguments.add_argument("--extras", default="", help="nbengine's extras, e.g. notebook,test")
+    arguments.add_argument("--wheel", help="install this wheel instead of the checkout (editable)")
     options = arguments.parse_args()
     venv = (ROOT / options.venv).resolve()
     wanted = {extra for extra in options.extras.split(",") if extra}
@@ -49,7 +50,7 @@ def main() -> None:
     python = make_environment(venv, steps)
     upgrade_pip(python, steps)
     install_torch(python, steps)
-    install_nbengine(python, extras, steps)
+    install_nbengine(python, options.wheel, extras, steps)
     install_model(python, steps)
     stamp.write(extras)
     print(f"Set up {shown(venv)} in {time.monotonic() - started:.0f} s.\n", flush=True)
@@ -115,10 +116,11 @@ def install_torch(python: Path, steps: Steps) -> None:
     steps.pip(python, "torch")
 
 
-def install_nbengine(python: Path, extras: set[str], steps: Steps) -> None:
+def install_nbengine(python: Path, wheel: str | None, extras: set[str], steps: Steps) -> None:
     names = ",".join(sorted(extras))
+    source = str(Path(wheel).resolve() if wheel else ROOT) + (f"[{names}]" if names else "")
     steps.begin("Installing nbengine and its dependencies" + (f" ({names})" if names else ""))
-    steps.pip(python, "--editable", f"{ROOT}[{names}]" if names else str(ROOT))
+    steps.pip(python, *([] if wheel else ["--editable"]), source)
 
 
 def install_model(python: Path, steps: Steps) -> None:
