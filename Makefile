@@ -33,7 +33,7 @@ test:  ## everything that must hold: lint, types, simulation, tests, notebooks, 
 
 lab:  ## JupyterLab on notebooks/
 	$(SET_UP) --extras notebook
-	@$(RUN) -m jupyterlab notebooks
+	@$(RUN) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 simulate:  ## run the scheduler through SEEDS=2000 random lives with faults
 	$(SET_UP)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.padding import Padding
 from rich.text import Text
 
 from nbengine.core.records import StepRecord
@@ -34,7 +35,7 @@ MODEL = "smollm2-135m"
 ENGINE: dict[str, Any] = {
     "quantization": "int4",
     "max_model_len": 1024,
-    "num_gpu_blocks_override": 48,
+    "num_gpu_blocks_override": 52,
     "max_num_batched_tokens": 128,
     "max_num_seqs": 6,
 }
@@ -88,10 +89,10 @@ class Planned:
 
 PLAN = (
     Planned("A", 0, "Why is the sky blue?", 72, system=TEACHER),
-    Planned("B", 0, "Name three good names for a ginger cat.", 48),
+    Planned("B", 0, "Suggest three names for a ginger cat.", 48),
     Planned("C", 8, "Why do leaves turn red in autumn?", 72, system=TEACHER),
-    Planned("D", 12, "Tell in two sentences what happens in this story.", 72, text=STORY),
-    Planned("E", 20, "Write a short poem about rain on a tin roof.", 80),
+    Planned("D", 12, "What did Mara burn in the night of the fog, and why?", 72, text=STORY),
+    Planned("E", 20, "Write a poem of four lines about the rain.", 80),
     Planned("F", 28, "What should I pack for three days in the mountains?", 96),
     Planned("G", 36, "Why does ice float on water?", 72, system=TEACHER),
     Planned("H", 44, "Explain what an operating system does.", 80),
@@ -154,7 +155,13 @@ def submit(llm: LLM, planned: Planned) -> None:
     text = tokenizer.apply_chat_template(planned.messages, add_generation_prompt=True)
     llm.engine.add_request(
         {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)},
-        SamplingParams(temperature=0.5, top_p=0.9, seed=1, max_tokens=planned.max_tokens),
+        SamplingParams(
+            temperature=0.2,
+            top_p=0.9,
+            repetition_penalty=1.1,
+            seed=0,
+            max_tokens=planned.max_tokens,
+        ),
         request_id=planned.name,
     )
 
@@ -192,9 +199,11 @@ def watch(console: Console, frames: Iterator[Frame]) -> Frame | None:
 
 
 def print_decisions(console: Console, frame: Frame) -> None:
-    """One line for a step in which something was decided, and the answers that ended."""
+    """One line for a step in which something new was decided."""
     record = frame.records[-1]
-    if words := decisions(record):
+    words = decisions(record)
+    known = decisions(frame.records[-2]) if len(frame.records) > 1 else []
+    if any(word not in known and not word.startswith("evicts") for word in words):
         console.print(
             f"step {record.step:4}  {record.num_tokens:4} tokens, "
             f"{len(record.scheduled)} sequences  {', '.join(words)}",
@@ -214,9 +223,12 @@ def tell(console: Console, frame: Frame) -> None:
         ending = " [...]" if c.state == "length" else ""
         console.print(Text(c.text.strip() + ending), soft_wrap=False)
         console.print()
+    console.print(
+        Text("(135 million parameters: fluent, and seldom to be believed.)\n", style="dim")
+    )
     console.print(Text("What the scheduler did", style="bold"))
     for line in summary(frame.records):
-        console.print(Text(f"  {line}"))
+        console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
     console.print()
     console.print(Text("Where to go next", style="bold"))
     for command, what in NEXT:

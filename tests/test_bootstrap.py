@@ -109,14 +109,14 @@ def test_a_python_without_venv_is_passed_over_and_named_when_there_is_no_other(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    there = {"python3.13": (3, 13, 1), "python3.11": (3, 11, 2), "python3": (3, 9, 0)}
+    there = {"python3.13": (3, 13, 1), "python3.11": (3, 11, 2)}
     monkeypatch.setattr(bootstrap.shutil, "which", lambda name: name if name in there else None)
     monkeypatch.setattr(bootstrap, "version_of", lambda python: there.get(str(python), (3, 8, 1)))
     monkeypatch.setattr(bootstrap, "runs", lambda python, code: str(python) == "python3.11")
-    assert str(bootstrap.newest_python()) == "python3.11"
+    assert str(bootstrap.suitable_python()) == "python3.11"
     monkeypatch.setattr(bootstrap, "runs", lambda python, code: False)
     with pytest.raises(SystemExit):
-        bootstrap.newest_python()
+        bootstrap.suitable_python()
     assert "apt install python3-venv" in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_a_machine_with_old_pythons_only_is_told_which_are_needed(
 ) -> None:
     monkeypatch.setattr(bootstrap, "version_of", lambda python: (3, 9, 2))
     with pytest.raises(SystemExit):
-        bootstrap.newest_python()
+        bootstrap.suitable_python()
     told = capsys.readouterr().err
     assert "needs Python 3.11 to 3.14; this machine has 3.9.2" in told
 
