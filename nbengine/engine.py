@@ -16,7 +16,8 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbengine.config import EngineConfig
 from nbengine.core.history import History
@@ -47,6 +48,7 @@ Prompt = str | Seq[int] | Mapping[str, Any]
 `cache_salt`."""
 
 Params = SamplingParams | BeamSearchParams
+T = TypeVar("T")
 
 MAX_SALT_LENGTH = 128
 MAX_FINISHED_KEPT = 1000
@@ -251,7 +253,21 @@ class Engine:
             InvalidField: a parameter that this model or engine can't serve.
             RequestTooLarge: it could never run here, with the numbers.
         """
-        # Checked and tokenised on the caller's thread: a bad or huge prompt delays nobody.
+        return self._call(
+            self._checked(prompt, params, request_id, priority, cache_salt, subscriber)
+        )
+
+    def _checked(
+        self,
+        prompt: Prompt,
+        params: Params | None,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        subscriber: Subscriber | None = None,
+    ) -> Callable[[], str]:
+        """The command that queues this request. All that can be checked, and the tokenising, is
+        done here, on the caller's thread: a bad or huge prompt delays nobody."""
         text, ids, salt = self._parse_prompt(prompt)
         salt = _checked_salt(cache_salt if cache_salt is not None else salt)
         params = SamplingParams() if params is None else params
@@ -272,10 +288,7 @@ class Engine:
         ):
             raise InvalidField("request_id", request_id, 'must be a non-empty string without "#"')
 
-        def add() -> str:
-            return self._add(text, ids, params, request_id, priority, salt, subscriber)
-
-        return self._call(add)
+        return lambda: self._add(text, ids, params, request_id, priority, salt, subscriber)
 
     def _add(
         self,
@@ -494,13 +507,21 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        def add() -> str:
-            return self.add_request(prompt, params, subscriber=deliver, **options)
+        add = self._checked(prompt, params, subscriber=deliver, **options)
 
-        name = await asyncio.to_thread(add)
-        driving = self.driving()
+        def begin() -> str:
+            name = add()
+            self._add_driver(1)
+            return name
+
+        def end(begun: Future[str]) -> None:
+            if not begun.cancelled() and begun.exception() is None:
+                name = begun.result()
+                self._thread.submit(lambda: (self._abort_now([name]), self._add_driver(-1)))
+
+        future = self._submit(begin)
         try:
-            await asyncio.to_thread(driving.__enter__)
+            await asyncio.wrap_future(future)
             while True:
                 output = await outputs.get()
                 if isinstance(output, BaseException):
@@ -508,9 +529,8 @@ class Engine:
                 yield output
                 if output.finished:
                     return
-        finally:
-            self._thread.submit(lambda: self._abort_now([name]))
-            self._thread.submit(lambda: self._add_driver(-1))
+        finally:  # also when the task is cancelled before the request was queued
+            future.add_done_callback(end)
 
     def abort_unfinished(self, names: Seq[str]) -> None:
         """`abort`, for clean-up: unknown ids and a closed engine are no error."""
@@ -573,13 +593,22 @@ class Engine:
 
     # ------------------------------------------------------------------ its life
 
-    def _call(self, command: Callable[[], Any]) -> Any:
-        def unless_closed() -> Any:
-            if self._is_closed:
-                raise EngineClosed("this engine was closed; make a new one")
-            return command()
+    def _call(self, command: Callable[[], T]) -> T:
+        """The result of `command`, run on the engine's thread between two steps."""
+        self._check_open()
+        return self._thread.call(lambda: self._if_open(command))
 
-        return unless_closed() if self._is_closed else self._thread.call(unless_closed)
+    def _submit(self, command: Callable[[], T]) -> Future[T]:
+        self._check_open()
+        return self._thread.submit(lambda: self._if_open(command))
+
+    def _if_open(self, command: Callable[[], T]) -> T:
+        self._check_open()
+        return command()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineClosed("this engine was closed; make a new one")
 
     def close(self) -> None:
         """Abort every request and give all memory back. Closing twice does nothing."""
