@@ -41,8 +41,9 @@ class History:
             UnknownRequest: the step has not been taken, or its record was dropped.
         """
         records = self._records
-        index = step if step < 0 else step - (records[0].step if records else 0)
-        if not records or not -len(records) <= index < len(records) or step == 0:
+        first = records[0].step if records else 1
+        index = step - first if step > 0 else len(records) + step
+        if not 0 <= index < len(records):
             kept = f"steps {records[0].step} to {records[-1].step}" if records else "no step yet"
             raise UnknownRequest(f"no record of step {step}: the history holds {kept}")
         return records[index]

@@ -16,6 +16,9 @@ import hashlib
 from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import islice
+
+_MOST_COMPARED = 64  # so that an explanation takes microseconds however large the cache is
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -27,11 +30,13 @@ class BlockContent:
     token_ids: tuple[int, ...]
     salt: str | None
 
-    def same_as(self, other: BlockContent) -> bool:
-        """Whether both stand for the same tokens behind the same prefix and salt."""
-        a: BlockContent | None = self
-        b: BlockContent | None = other
-        while a is not b:
+    def continues(self, parent: BlockContent | None, other: BlockContent) -> bool:
+        """Whether this stands for the same as `other`, of whose parent `parent` is known to be an
+        equal: the same tokens and salt behind the same prefix."""
+        a, b = self.parent, parent
+        if self.token_ids != other.token_ids or self.salt != other.salt:
+            return False
+        while a is not b:  # chains of several sequences: walk to where they become one
             if a is None or b is None or a.token_ids != b.token_ids or a.salt != b.salt:
                 return False
             a, b = a.parent, b.parent
@@ -61,6 +66,8 @@ class MissCause(enum.StrEnum):
     DIFFERS = "differs"
     NEVER_SEEN = "never seen"
     DISABLED = "prefix caching is off"
+    PROMPT_LOGPROBS = "prompt_logprobs needs every prompt token computed"
+    SWAPPED = "its blocks came back from host memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +102,10 @@ class PrefixLookup:
                 )
             case MissCause.NEVER_SEEN:
                 return f"{hit}: no block like block {self.block_index} is in the cache"
-            case MissCause.DISABLED:
-                return f"{hit}: {self.cause}"
-            case _:
+            case MissCause.NONE:
                 return f"{hit}: all full blocks before the last token"
+            case _:
+                return f"{hit}: {self.cause}"
 
 
 @dataclass(slots=True)
@@ -110,8 +117,8 @@ class PrefixCache:
     content_of: dict[int, BlockContent] = field(default_factory=dict)
     """Block id to what it holds."""
     _block_of: dict[bytes, int] = field(default_factory=dict)
-    _children: dict[bytes, dict[int, None]] = field(default_factory=dict)
-    """Parent digest (empty for first blocks) to the cached blocks behind it: for explanations."""
+    _children: dict[tuple[bytes, str | None], dict[int, None]] = field(default_factory=dict)
+    """(parent digest, salt) to the cached blocks behind it, latest last: for explanations."""
 
     def __len__(self) -> int:
         return len(self.content_of)
@@ -132,11 +139,13 @@ class PrefixCache:
         """Blocks that hold the longest cached prefix of a sequence of `num_tokens` tokens, leaving
         at least its last token to compute."""
         hits: list[int] = []
+        parent: BlockContent | None = None
         for content in contents[: (num_tokens - 1) // self.block_size]:
             block = self._block_of.get(content.digest)
-            if block is None or not self.content_of[block].same_as(content):
+            if block is None or not self.content_of[block].continues(parent, content):
                 break
             hits.append(block)
+            parent = self.content_of[block]
         return hits
 
     def insert(self, content: BlockContent, block: int) -> bool:
@@ -146,23 +155,24 @@ class PrefixCache:
             return False
         self._block_of[content.digest] = block
         self.content_of[block] = content
-        self._children.setdefault(_parent_digest(content), {})[block] = None
+        self._children.setdefault(_family(content), {})[block] = None
         return True
 
     def forget(self, block: int) -> None:
         """The block's content is about to be overwritten."""
         content = self.content_of.pop(block)
         del self._block_of[content.digest]
-        siblings = self._children[_parent_digest(content)]
+        siblings = self._children[_family(content)]
         del siblings[block]
         if not siblings:
-            del self._children[_parent_digest(content)]
+            del self._children[_family(content)]
 
     def explain(
         self, contents: list[BlockContent], token_ids: list[int], num_hits: int, salt: str | None
     ) -> PrefixLookup:
-        """Why the look-up of these tokens ended after `num_hits` blocks. Blocks of another salt
-        are never mentioned: whether they exist is another tenant's business."""
+        """Why the look-up of these tokens ended after `num_hits` blocks, compared with the latest
+        blocks that the cache holds there. Those of another salt are never looked at: whether they
+        exist is another tenant's business."""
         size = self.block_size
         n, hit = len(token_ids), num_hits * size
         if n <= size:
@@ -172,10 +182,9 @@ class PrefixCache:
         wanted = contents[num_hits].token_ids
         parent = contents[num_hits - 1].digest if num_hits else b""
         best, nearest = 0, None
-        for block in self._children.get(parent, ()):
+        siblings = self._children.get((parent, salt), {})
+        for block in islice(reversed(siblings), _MOST_COMPARED):
             cached = self.content_of[block]
-            if cached.salt != salt:
-                continue
             agree = next(
                 (
                     i
@@ -199,5 +208,5 @@ class PrefixCache:
         )
 
 
-def _parent_digest(content: BlockContent) -> bytes:
-    return content.parent.digest if content.parent else b""
+def _family(content: BlockContent) -> tuple[bytes, str | None]:
+    return content.parent.digest if content.parent else b"", content.salt

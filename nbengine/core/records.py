@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nbengine.core.prefix_cache import PrefixLookup
+from nbengine.core.request import Sequence
 
 
 class Cause(enum.StrEnum):
@@ -257,7 +258,8 @@ class StepJournal:
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[Preemption] = field(default_factory=list)
     forked: list[Fork] = field(default_factory=list)
-    finished: dict[str, Finish] = field(default_factory=dict)
+    finished: dict[Sequence, Finish] = field(default_factory=dict)
+    """By sequence, because a name may be taken again as soon as its owner has ended."""
     allocated: list[BlockMove] = field(default_factory=list)
     shared: list[BlockMove] = field(default_factory=list)
     copied: list[BlockCopy] = field(default_factory=list)

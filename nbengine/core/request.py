@@ -123,6 +123,16 @@ class Sequence:
         return self.status is Status.FINISHED
 
     @property
+    def needs_every_prompt_token(self) -> bool:
+        """Its prompt is being scored (prompt_logprobs), which prefix hits would leave gaps in."""
+        params = self.request.params
+        return (
+            isinstance(params, SamplingParams)
+            and params.prompt_logprobs is not None
+            and len(self.tokens) == self.num_prompt_tokens
+        )
+
+    @property
     def is_idle(self) -> bool:
         """Nothing to compute: a beam that waits for its siblings."""
         return self.candidates is not None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -98,12 +98,19 @@ class Scheduler:
     # ------------------------------------------------------------------ between steps
 
     def add(self, request: Request) -> LiveRequest:
-        """Queue a request.
+        """Queue a request. Whatever is raised, nothing has changed.
 
         Raises:
             RequestTooLarge: it could never run to its end here, whatever else is running.
-            InvalidRequest: its id is in use, or its prompt is empty.
+            InvalidRequest: its id is in use or contains `#`, or its prompt is empty.
+            Exception: whatever a user's policy raises; TypeError for a rank that does not compare
+                with the others.
         """
+        if "#" in request.request_id:
+            raise InvalidRequest(
+                f"request id {request.request_id!r} contains '#', which sets off the index of a "
+                "sample in sequence ids: choose another"
+            )
         if request.request_id in self.live:
             raise InvalidRequest(
                 f"request id {request.request_id!r} is in use: choose another, or none"
@@ -116,10 +123,11 @@ class Scheduler:
             list(request.prompt_token_ids),
             pending_forks=request.num_sequences - 1,
         )
-        self._set_order(seq)
-        live = LiveRequest(request, [seq])
-        self.live[request.request_id] = live
-        insort(self.waiting, seq, key=_BY_ORDER)
+        seq.order = (self.policy.rank(seq), request.arrival, seq.index)
+        if self.running:
+            _ = seq.order < self.running[0].order  # raises now, if ever
+        insort(self.waiting, seq, key=_BY_ORDER)  # last of all that may raise
+        live = self.live[request.request_id] = LiveRequest(request, [seq])
         self._journal.added.append(request.request_id)
         return live
 
@@ -185,15 +193,13 @@ class Scheduler:
             if self.live[seq.request.request_id].is_finished:
                 del self.live[seq.request.request_id]
         seq.finish_reason, seq.stop_reason = reason, stop_reason
-        self._journal.finished[seq.seq_id] = Finish(seq.seq_id, reason, stop_reason)
+        self._journal.finished[seq] = Finish(seq.seq_id, reason, stop_reason)
 
     def set_policy(self, policy: str | Policy | type) -> None:
         """Replace the policy; takes effect in the next step."""
         policy = make_policy(policy)
-        # Rank first: a policy that raises must leave the old one in force.
-        ranks = [(seq, policy.rank(seq)) for seq in (*self.running, *self.waiting)]
+        self._rank_all(policy)  # if it raises, the old one stays in force
         self.policy = policy
-        self._apply_ranks(ranks)
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached prefix; see `BlockPool.reset_prefix_cache`."""
@@ -210,9 +216,7 @@ class Scheduler:
         self._began = self.clock()
         self._plan = plan = StepPlan()
         if getattr(self.policy, "dynamic", False):
-            self._apply_ranks(
-                [(seq, self.policy.rank(seq)) for seq in (*self.running, *self.waiting)]
-            )
+            self._rank_all(self.policy)
         budget, blocks_spoken_for = self._schedule_running(plan)
         self._admit(plan, budget, blocks_spoken_for)
         return plan
@@ -404,7 +408,8 @@ class Scheduler:
         pool, journal = self.pool, self._journal
         total = len(seq.tokens)
         hits: list[int] = []
-        if not seq.host_blocks and self.config.enable_prefix_caching:
+        no_lookup = self._why_no_lookup(seq)
+        if no_lookup is None:
             pool.prefix_cache.extend_contents(seq.contents, seq.tokens, seq.request.cache_salt)
             hits = pool.prefix_cache.lookup(seq.contents, total)
         num_hit_tokens = len(hits) * self.config.block_size
@@ -437,19 +442,29 @@ class Scheduler:
         resumed = seq.status is Status.PREEMPTED
         if not resumed:
             seq.num_cached_tokens = num_hit_tokens
-        journal.admitted.append(Admission(seq.seq_id, self._explain_prefix(seq, hits), resumed))
+        prefix = (
+            PrefixLookup(total, 0, no_lookup)
+            if no_lookup is not None
+            else pool.prefix_cache.explain(
+                seq.contents, seq.tokens, len(hits), seq.request.cache_salt
+            )
+        )
+        journal.admitted.append(Admission(seq.seq_id, prefix, resumed))
         self.waiting.remove(seq)
         self._run(seq)
         plan.scheduled.append((seq, n))
         journal.scheduled[seq.seq_id] = n
         return n, None
 
-    def _explain_prefix(self, seq: Sequence, hits: list[int]) -> PrefixLookup:
+    def _why_no_lookup(self, seq: Sequence) -> MissCause | None:
+        """The reason not to look for the sequence's prefix in the cache, if there is one."""
         if not self.config.enable_prefix_caching:
-            return PrefixLookup(len(seq.tokens), 0, MissCause.DISABLED)
-        return self.pool.prefix_cache.explain(
-            seq.contents, seq.tokens, len(hits), seq.request.cache_salt
-        )
+            return MissCause.DISABLED
+        if seq.host_blocks:
+            return MissCause.SWAPPED
+        if seq.needs_every_prompt_token:
+            return MissCause.PROMPT_LOGPROBS
+        return None
 
     def _swap_in(self, plan: StepPlan, seq: Sequence) -> None:
         device = seq.block_table[: len(seq.host_blocks)]
@@ -471,6 +486,8 @@ class Scheduler:
         beams: dict[str, LiveRequest] = {}
         advanced: list[Sequence] = []
         for seq, n in self._plan.scheduled:
+            if seq.status is not Status.RUNNING:
+                continue  # it ended with a sibling beam that failed
             before = seq.num_computed_tokens
             seq.num_computed_tokens = computed = before + n
             seq_id = seq.seq_id
@@ -481,7 +498,7 @@ class Scheduler:
                 self._cache_full_blocks(seq, before // size, computed // size)
             if computed < len(seq.tokens):
                 continue
-            if seq_id in output.candidates and not seq.is_finished:
+            if seq_id in output.candidates:
                 seq.candidates = output.candidates[seq_id]
                 beams[seq.request.request_id] = self.live[seq.request.request_id]
                 continue
@@ -500,14 +517,14 @@ class Scheduler:
             if token in request.stop_token_ids or len(seq.tokens) >= request.max_total_tokens:
                 self._check_stop(seq, token)
         for live in beams.values():
-            self._advance_beams(live)
+            if not live.is_finished:  # by an error of another of its beams
+                self._advance_beams(live)
         return advanced
 
     def _fail(self, seq: Sequence, error: str) -> None:
         """End a sequence that could not be computed; of a beam search, all beams."""
         if isinstance(seq.request.params, BeamSearchParams):
-            if seq.request.request_id in self.live:
-                self._end(self.live[seq.request.request_id], "error", error)
+            self._end(self.live[seq.request.request_id], "error", error)
         else:
             self.finish(seq, "error", error)
 
@@ -590,11 +607,13 @@ class Scheduler:
         heirs_of: dict[str, list[beam.Continuation]] = {}
         for survivor in survivors:
             heirs_of.setdefault(survivor.parent.seq_id, []).append(survivor)
+        for seq in beams:  # first, so that the heirs of others find seats and blocks
+            if seq.seq_id not in heirs_of:
+                self.finish(seq, "pruned")
+                live.sequences.remove(seq)
         heirs: list[Sequence] = []
-        for seq in beams:
-            first, *others = heirs_of.get(seq.seq_id, [None])
-            if first is None:
-                continue
+        for seq in list(live.sequences):
+            first, *others = heirs_of[seq.seq_id]
             children = [self._fork(seq, live.next_index()) for _ in others]
             for heir, continuation in zip((seq, *children), (first, *others), strict=True):
                 heir.tokens.append(continuation.token_id)
@@ -606,10 +625,6 @@ class Scheduler:
             live.hypotheses += [beam.finished_beam(seq, params) for seq in heirs]
             live.hypotheses.sort(key=lambda h: -h.score)
             del live.hypotheses[params.beam_width :]
-        for seq in beams:
-            if seq.seq_id not in heirs_of:
-                self.finish(seq, "pruned")
-                live.sequences.remove(seq)
         if is_over:
             for seq in heirs:
                 self.finish(seq, "length")
@@ -617,15 +632,20 @@ class Scheduler:
     def take_back(self, error: BaseException) -> StepRecord:
         """A step failed: none of what it computed or copied may be trusted. Every sequence it
         touched keeps its tokens and will compute them again."""
-        swapped_out = {swap.seq_id for swap in self._journal.swapped_out}
+        journal = self._journal
+        swapped_out = {swap.seq_id for swap in journal.swapped_out}
         for seq in self.waiting:
-            if seq.seq_id in swapped_out:
-                self._release_host_blocks(seq)  # what was to be copied there never arrived
+            if seq.seq_id in swapped_out:  # what was to be copied there never arrived
+                journal.preempted.append(
+                    Preemption(seq.seq_id, seq.seq_id, "error", seq.num_computed_tokens, 0)
+                )
+                self._release_host_blocks(seq)
                 seq.num_computed_tokens = 0
         for seq, _ in self._plan.scheduled:
             if seq.status is Status.RUNNING:
+                seq.candidates = None
                 self._preempt(self._plan, seq, in_favour_of=seq, mode="error")
-        self._journal.scheduled.clear()
+        journal.scheduled.clear()
         return self.seal(Phases(), error=f"{type(error).__name__}: {error}")
 
     def seal(self, phases: Phases, error: str | None = None) -> StepRecord:
@@ -669,14 +689,17 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
-    def _set_order(self, seq: Sequence) -> None:
-        seq.order = (self.policy.rank(seq), seq.request.arrival, seq.index)
-
-    def _apply_ranks(self, ranks: Iterable[tuple[Sequence, object]]) -> None:
-        for seq, rank in ranks:
-            seq.order = (rank, seq.request.arrival, seq.index)
-        self.waiting.sort(key=_BY_ORDER)
-        self.running.sort(key=_BY_ORDER)
+    def _rank_all(self, policy: Policy) -> None:
+        """Order both queues by `policy`; if it raises, or its ranks do not compare, not at all."""
+        orders = {
+            seq: (policy.rank(seq), seq.request.arrival, seq.index)
+            for seq in (*self.running, *self.waiting)
+        }
+        in_order = sorted(orders, key=orders.__getitem__)  # together: they must all compare
+        for seq, order in orders.items():
+            seq.order = order
+        self.running = [seq for seq in in_order if seq.status is Status.RUNNING]
+        self.waiting = [seq for seq in in_order if seq.status is not Status.RUNNING]
 
     def _run(self, seq: Sequence) -> None:
         seq.status = Status.RUNNING

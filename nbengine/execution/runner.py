@@ -100,8 +100,23 @@ class ModelRunner:
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
         return cls(decoder, kv_cache, sampler, block_size), budget
 
+    def prepare(self, plan: StepPlan) -> Prepared:
+        """The plan as the model's input."""
+        wanted = _Wanted.of(plan)
+        batch = None
+        if plan.scheduled:
+            batch = Batch.from_plan(
+                plan, self.block_size, logits_rows=wanted.rows, device=self.decoder.device
+            )
+        return Prepared(plan, batch, wanted)
+
     def execute(self, plan: StepPlan) -> StepOutput:
-        """Do all the plan says. If it raises, what the plan's blocks hold is unknown."""
+        """Do all the plan says."""
+        return self.compute(self.prepare(plan))
+
+    def compute(self, prepared: Prepared) -> StepOutput:
+        """The second half of `execute`. If it raises, what the plan's blocks hold is unknown."""
+        plan = prepared.plan
         if not self._is_set_up:
             # With denormal numbers a matrix product can take twenty times as long. It is a setting
             # of this thread, and of OpenMP's workers that it starts from now on.
@@ -111,9 +126,9 @@ class ModelRunner:
         self.kv_cache.swap_in(plan.swap_in)
         self.kv_cache.copy_blocks(plan.copies)
         output = StepOutput()
-        if plan.scheduled:
+        if prepared.batch is not None:
             with torch.inference_mode():
-                self._compute(plan, output)
+                self._compute(plan, prepared.batch, prepared.wanted, output)
         return output
 
     def close(self) -> None:
@@ -123,11 +138,7 @@ class ModelRunner:
         if is_cuda:
             torch.cuda.empty_cache()
 
-    def _compute(self, plan: StepPlan, output: StepOutput) -> None:
-        wanted = _Wanted.of(plan)
-        batch = Batch.from_plan(
-            plan, self.block_size, logits_rows=wanted.rows, device=self.decoder.device
-        )
+    def _compute(self, plan: StepPlan, batch: Batch, wanted: _Wanted, output: StepOutput) -> None:
         hidden = self.decoder.forward(batch, self.kv_cache)
         if not wanted.rows:
             return
@@ -185,6 +196,16 @@ class ModelRunner:
                 ]
             except SamplingError as error:
                 output.errors[seq.seq_id] = error
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A plan, laid out for the model."""
+
+    plan: StepPlan
+    batch: Batch | None
+    """None where nothing is scheduled."""
+    wanted: _Wanted
 
 
 @dataclass(slots=True)

@@ -376,10 +376,8 @@ def _invert(weights: torch.Tensor, numbers: Floats) -> Ints:
     running sum passes u times the whole: never a place of weight 0."""
     # In float32 the tail of 100,000 small weights would be lost.
     sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    whole = sums[:, -1:]
-    target = torch.from_numpy(numbers).to(sums.device) * whole
-    # u < 1, but the product may be rounded up to the whole, which no running sum passes.
-    target = torch.minimum(target, torch.nextafter(whole, torch.zeros_like(whole)))
+    # u is at most 1 - 2**-53, and so the product at most the float before the whole.
+    target = torch.from_numpy(numbers).to(sums.device) * sums[:, -1:]
     return torch.searchsorted(sums, target, right=True).cpu().numpy()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 
-from nbengine.core.records import Cause
+from nbengine.core.records import Cause, Phases
 from nbengine.core.request import Status
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
-from nbengine.errors import CacheBusy, RequestTooLarge, UnknownRequest
+from nbengine.errors import CacheBusy, InvalidRequest, RequestTooLarge, UnknownRequest
 
 
 def amounts(record):
@@ -235,6 +237,14 @@ class TestBeams:
         assert b.scheduler.num_seats_taken == 0
         assert b.scheduler.pool.num_held == 0
 
+    def test_beams_that_have_every_seat_never_lose_what_they_computed(self, bench):
+        b = bench(num_blocks=100, block_size=8, max_num_seqs=3)
+        b.add(20, params=BeamSearchParams(beam_width=3, max_tokens=12))
+        records = b.run()
+        assert any(f.reason == "pruned" for r in records for f in r.finished)
+        assert sum(r.num_tokens for r in records) == 20 + 3 * 11
+        assert len(records) == 12
+
     def test_beams_share_their_common_past(self, bench):
         b = bench(num_blocks=100, block_size=8)
         b.add(64, params=BeamSearchParams(beam_width=4, max_tokens=8))
@@ -289,7 +299,78 @@ class TestPolicies:
         assert b.step().preempted[0].seq_id == "req-0"
 
 
+class TestPoliciesThatFail:
+    """A policy is a user's code: what it raises changes nothing."""
+
+    class Fickle:
+        dynamic = True
+        rank_of: ClassVar[dict[str, Any]] = {}
+
+        def rank(self, sequence):
+            rank = self.rank_of.get(sequence.seq_id, 0)
+            if isinstance(rank, Exception):
+                raise rank
+            return rank
+
+    def state(self, b):
+        s = b.scheduler
+        return list(s.waiting), list(s.running), [q.order for q in s.waiting + s.running], s.policy
+
+    @pytest.mark.parametrize("num_seqs", [1, 8])
+    @pytest.mark.parametrize("rank", ["a string", ValueError("no rank")])
+    def test_add_raises_and_leaves_no_trace(self, bench, rank, num_seqs):
+        policy = self.Fickle()
+        policy.rank_of = {"req-1": rank, "req-2": rank}
+        b = bench(policy, num_blocks=100, max_num_seqs=num_seqs)
+        b.add(4)
+        with pytest.raises((TypeError, ValueError)):
+            b.add(4)
+        b.step()  # the next has only running ones to compare with
+        with pytest.raises((TypeError, ValueError)):
+            b.add(4)
+        assert list(b.scheduler.live) == ["req-0"] and not b.scheduler.waiting
+        b.run()
+
+    @pytest.mark.parametrize("rank", ["a string", ValueError("no rank")])
+    def test_set_policy_raises_and_the_old_one_stays_in_force(self, bench, rank):
+        policy = self.Fickle()
+        policy.rank_of = {"req-0": 7, "req-2": rank}
+        b = bench(num_blocks=100, max_num_seqs=2)
+        for _ in range(4):
+            b.add(4)
+        b.step()
+        before = self.state(b)
+        with pytest.raises((TypeError, ValueError)):
+            b.scheduler.set_policy(policy)
+        assert self.state(b) == before
+        b.run()
+
+    @pytest.mark.parametrize("rank", ["a string", ValueError("no rank")])
+    def test_a_step_in_which_it_raises_is_taken_back(self, bench, rank):
+        policy = self.Fickle()
+        b = bench(policy, num_blocks=100, max_num_seqs=2)
+        for _ in range(4):
+            b.add(4)
+        b.step()
+        before = self.state(b)
+        policy.rank_of = {"req-2": rank}
+        with pytest.raises((TypeError, ValueError)) as error:
+            b.scheduler.schedule()
+        assert b.scheduler.take_back(error.value).error
+        assert self.state(b) == before
+        policy.rank_of = {}
+        b.run()
+
+
 class TestLimits:
+    @pytest.mark.parametrize("request_id", ["req-0", "a#1"])
+    def test_an_id_in_use_or_like_that_of_a_sample_is_refused(self, bench, request_id):
+        b = bench(num_blocks=100)
+        b.add(4)
+        with pytest.raises(InvalidRequest, match="choose another"):
+            b.add(4, request_id=request_id)
+        assert len(b.scheduler.waiting) == 1
+
     def test_a_request_that_can_never_fit_is_refused_with_the_numbers(self, bench):
         b = bench(num_blocks=4)
         with pytest.raises(RequestTooLarge, match=r"needs 5 blocks.*there are 4") as refusal:
@@ -316,6 +397,19 @@ class TestLimits:
         with pytest.raises(UnknownRequest):
             b.scheduler.abort("req-0")
 
+    def test_a_name_may_be_taken_again_as_soon_as_its_owner_has_ended(self, bench):
+        b = bench(num_blocks=10)
+        b.add(20)
+        b.step()
+        b.scheduler.abort("req-0")
+        b.add(8, max_tokens=1, request_id="req-0")
+        record = b.step()
+        assert record.added == ("req-0",)
+        assert [(f.seq_id, f.reason) for f in record.finished] == [
+            ("req-0", "abort"),
+            ("req-0", "length"),
+        ]
+
     def test_stop_token_ends_a_sequence_and_frees_its_blocks_at_once(self, bench):
         probe = bench(num_blocks=100)
         live = probe.add([1, 2, 3])
@@ -330,6 +424,50 @@ class TestLimits:
 
 
 class TestFaults:
+    def test_a_swap_that_was_taken_back_is_recorded_as_lost(self, bench):
+        b = bench(num_blocks=10, preemption_mode="swap", num_host_blocks=10)
+        b.add(80)
+        second = b.add(80)
+        b.step()
+        b.scheduler.schedule()
+        record = b.scheduler.take_back(RuntimeError("out of memory"))
+        lost = {p.seq_id: p.num_lost_tokens for p in record.preempted if p.mode == "error"}
+        assert lost == {"req-1": 80, "req-0": 80}
+        assert second.sequences[0].host_blocks == []
+        assert b.scheduler.host_pool.num_held == 0
+        b.run()
+
+    def test_beams_survive_a_commit_that_raises(self, bench):
+        b = bench(num_blocks=100)
+        live = b.add([1, 2, 3], params=BeamSearchParams(beam_width=2, max_tokens=4))
+        b.add(4)
+        output = b.executor.execute(b.scheduler.schedule())
+        output.samples["req-1"] = None
+        with pytest.raises(TypeError) as error:
+            b.scheduler.commit(output)
+        b.scheduler.take_back(error.value)
+        b.run()
+        calm = bench(num_blocks=100)
+        expected = calm.add([1, 2, 3], params=BeamSearchParams(beam_width=2, max_tokens=4))
+        calm.run()
+        assert [h.token_ids for h in live.hypotheses] == [h.token_ids for h in expected.hypotheses]
+
+    @pytest.mark.parametrize("failing", ["req-0", "req-0#1"])
+    def test_an_error_of_one_beam_ends_its_siblings_in_the_same_step(self, bench, failing):
+        b = bench(num_blocks=100, block_size=8)
+        beams = b.add(15, params=BeamSearchParams(beam_width=2, max_tokens=12))
+        other = b.add(15, max_tokens=3)
+        b.step()
+        plan = b.scheduler.schedule()  # position 15: a block is full when this step is done
+        output = b.executor.execute(plan)
+        output.errors[failing] = ValueError("not a number")
+        b.scheduler.commit(output)
+        b.scheduler.seal(Phases())
+        assert {seq.finish_reason for seq in beams.sequences} == {"error"}
+        b.run()
+        assert other.sequences[0].finish_reason == "length"
+        assert b.scheduler.pool.num_held == 0
+
     def test_a_step_that_fails_is_taken_back_and_loses_nothing(self, bench):
         b = bench(num_blocks=100)
         live = b.add(40, params=SamplingParams(n=2, max_tokens=6, seed=3))

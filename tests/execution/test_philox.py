@@ -55,7 +55,7 @@ def test_each_part_of_seed_and_counter_matters():
 
 def test_numbers_are_uniform_in_the_half_open_unit_interval():
     numbers = uniforms([9] * 100_000, [0] * 100_000, range(100_000))
-    assert 0.0 <= numbers.min() and numbers.max() < 1.0
+    assert numbers.min() >= 0.0 and numbers.max() < 1.0
     counts = np.bincount((numbers * 100).astype(int), minlength=100)
     # 99 degrees of freedom: the 0.001 and 0.999 quantiles are 60 and 149.
     assert 60 < ((counts - 1000) ** 2 / 1000).sum() < 149

@@ -269,6 +269,22 @@ def test_tails_of_a_large_vocabulary_are_reached():
     assert tail.max() > 99_000 and 0.44 < (tail > 50_000).mean() < 0.56
 
 
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("params", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
+def test_the_smallest_and_largest_number_draw_the_first_and_last_possible_token(
+    monkeypatch, number, params
+):
+    monkeypatch.setattr(
+        "nbengine.execution.sampler.uniforms", lambda seeds, *_: np.full(len(seeds), number)
+    )
+    for possible in range(1, 40):
+        logits = torch.full((1, VOCAB), -math.inf)
+        logits[0, 5 : 5 + possible] = torch.linspace(0, 0.1, possible)
+        (token,) = sample(logits, row(**params)).token_ids[0]
+        assert token == (5 if number == 0 else 4 + possible) or params == {"top_p": 0.9}
+        assert 5 <= token < 5 + possible
+
+
 # Alone and together.
 
 
