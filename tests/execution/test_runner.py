@@ -158,6 +158,19 @@ def test_samples_that_share_blocks_are_those_of_separate_requests(model):
     assert single[0].output_token_ids == texts[0]
 
 
+def test_each_sample_keeps_its_own_randomness_after_the_fork(model):
+    params = SamplingParams(n=3, max_tokens=10, seed=5)
+    runner = make_runner(model[0])
+
+    def samples(**fields: int) -> list[int]:
+        seq = sequence(PROMPTS[0], [0], params=params, seed=5, **fields)
+        return runner.execute(StepPlan(scheduled=[(seq, 5)])).samples["r"]
+
+    forking = samples(pending_forks=2)
+    assert [samples(index=index)[0] for index in range(3)] == forking
+    assert len(set(forking)) > 1
+
+
 def test_beams_get_the_best_continuations_and_their_log_probabilities(model):
     decoder, reference = model
     beam = sequence(PROMPTS[0], [3], params=BeamSearchParams(beam_width=2, max_tokens=4))

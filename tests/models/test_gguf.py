@@ -219,6 +219,15 @@ def test_a_hostile_length_anywhere_in_the_header_ends_cleanly(file, tmp_path, va
             continue
 
 
+def test_counts_that_can_not_be_are_refused_before_a_loop_over_them(file, tmp_path):
+    data = file.read_bytes()
+    path = tmp_path / "hostile.gguf"
+    for at, what in ((8, "tensors"), (16, "metadata entries")):
+        path.write_bytes(data[:at] + struct.pack("<Q", 2**63 - 1) + data[at + 8 :])
+        with pytest.raises(WeightsError, match=f"claims 9,223,372,036,854,775,807 {what}"):
+            GgufCheckpoint(path)
+
+
 def test_random_damage_never_escapes_as_another_error(file, tmp_path):
     data = file.read_bytes()
     header_end = min(t.offset for t in GgufHeader.read(file).tensors.values())
