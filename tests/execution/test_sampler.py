@@ -327,6 +327,24 @@ def test_a_row_gives_the_same_alone_and_in_any_batch_in_any_order():
             assert other.logprobs[at] == alone.logprobs[0]
 
 
+def test_the_torch_passes_of_other_devices_give_the_same(monkeypatch):
+    rows = mixed_rows(64)
+    logits = (torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)) * 8).round() / 4
+    with_numpy = sample(logits, *rows)
+    best = top_logprobs(logits, 5)
+    monkeypatch.setattr("nbengine.execution.sampler._in_host_memory", lambda values: False)
+    assert sample(logits, *rows) == with_numpy
+    assert top_logprobs(logits, 5) == best
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_what_the_cpu_draws():
+    rows = mixed_rows(64)
+    logits = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    on_gpu = Sampler(VOCAB, "cuda").sample(logits.cuda(), rows)
+    assert on_gpu.token_ids == sample(logits, *rows).token_ids
+
+
 def test_a_row_of_a_real_vocabulary_gives_the_same_alone_and_in_a_batch():
     logits = torch.randn(8, 49_153, generator=torch.Generator().manual_seed(0)) * 3
     kinds = [{}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.01}]
