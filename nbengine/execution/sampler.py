@@ -386,6 +386,10 @@ def _invert(weights: torch.Tensor, numbers: Floats) -> Ints:
 # through views of the same memory.
 
 
+def _in_host_memory(values: torch.Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
 def _take_rows(values: torch.Tensor, indices: list[int]) -> torch.Tensor:
     if len(indices) == len(values):
         return values
@@ -394,7 +398,7 @@ def _take_rows(values: torch.Tensor, indices: list[int]) -> torch.Tensor:
 
 def _largest(values: torch.Tensor) -> tuple[list[float], list[int]]:
     """Each row's largest value and its place; NaN counts as the largest of all."""
-    if values.device.type == "cpu":
+    if _in_host_memory(values):
         array = values.numpy()
         places = array.argmax(axis=1)
         return array[np.arange(len(array)), places].tolist(), places.tolist()
@@ -405,7 +409,7 @@ def _largest(values: torch.Tensor) -> tuple[list[float], list[int]]:
 def _kth_largest(values: torch.Tensor, ks: Ints) -> Floats:
     """The ks[i]-th largest value of row i, counted from 1."""
     every = np.arange(len(ks))
-    if values.device.type == "cpu":
+    if _in_host_memory(values):
         places = values.shape[1] - ks
         array = np.partition(values.numpy(), np.unique(places), axis=1)
         return array[every, places].astype(np.float64)
@@ -416,7 +420,7 @@ def _kth_largest(values: torch.Tensor, ks: Ints) -> Floats:
 def _at_least(values: torch.Tensor, threshold: Floats) -> tuple[Ints, Ints, Floats]:
     """Row, place and value of all that reach their row's threshold, row by row, places rising."""
     bound = threshold.astype(np.float32)[:, None]
-    if values.device.type == "cpu":
+    if _in_host_memory(values):
         array = values.numpy()
         flat = np.flatnonzero(array >= bound)
         found = np.ascontiguousarray(array).reshape(-1)[flat]
@@ -430,7 +434,7 @@ def _at_least(values: torch.Tensor, threshold: Floats) -> tuple[Ints, Ints, Floa
 
 def _num_above(values: torch.Tensor, bounds: torch.Tensor) -> list[int]:
     """How many values of each row are larger than the row's bound."""
-    if values.device.type == "cpu":
+    if _in_host_memory(values):
         return np.count_nonzero(values.numpy() > bounds.numpy()[:, None], axis=1).tolist()
     return (values > bounds[:, None]).sum(dim=1).tolist()
 

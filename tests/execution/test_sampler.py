@@ -108,7 +108,7 @@ any_params = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(any_params, min_size=1, max_size=5), st.integers(0, 2**32))
 def test_every_mixed_batch_draws_what_the_reference_draws_for_each_row(batch, seed):
     logits = torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
@@ -325,6 +325,24 @@ def test_a_row_gives_the_same_alone_and_in_any_batch_in_any_order():
         for other, at in ((together, i), (permuted, place)):
             assert other.token_ids[at] == alone.token_ids[0]
             assert other.logprobs[at] == alone.logprobs[0]
+
+
+def test_the_torch_passes_of_other_devices_give_the_same(monkeypatch):
+    rows = mixed_rows(64)
+    logits = (torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)) * 8).round() / 4
+    with_numpy = sample(logits, *rows)
+    best = top_logprobs(logits, 5)
+    monkeypatch.setattr("nbengine.execution.sampler._in_host_memory", lambda values: False)
+    assert sample(logits, *rows) == with_numpy
+    assert top_logprobs(logits, 5) == best
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_what_the_cpu_draws():
+    rows = mixed_rows(64)
+    logits = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    on_gpu = Sampler(VOCAB, "cuda").sample(logits.cuda(), rows)
+    assert on_gpu.token_ids == sample(logits, *rows).token_ids
 
 
 def test_a_row_of_a_real_vocabulary_gives_the_same_alone_and_in_a_batch():
