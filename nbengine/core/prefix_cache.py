@@ -12,18 +12,19 @@ agree, so a collision costs a miss and never another request's keys and values.
 from __future__ import annotations
 
 import enum
-import hashlib
 from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 
 _MOST_COMPARED = 64  # so that an explanation takes microseconds however large the cache is
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)
 class BlockContent:
-    """What one full block holds: its own tokens, behind those of its parents. Immutable."""
+    """What one full block holds: its own tokens, behind those of its parents. Never changed (and
+    not frozen, because that triples the time to make one)."""
 
     digest: bytes
     parent: BlockContent | None
@@ -37,8 +38,8 @@ class BlockContent:
         if self.token_ids != other.token_ids or self.salt != other.salt:
             return False
         while a is not b:  # chains of several sequences: walk to where they become one
-            if a is None or b is None or a.token_ids != b.token_ids or a.salt != b.salt:
-                return False
+            if a is None or b is None or a.token_ids != b.token_ids:
+                return False  # one chain has one salt
             a, b = a.parent, b.parent
         return True
 
@@ -51,11 +52,10 @@ class BlockContent:
 
 def digest_of(parent_digest: bytes, token_ids: Seq[int], salt: str | None) -> bytes:
     """128-bit BLAKE2b of the parent's digest, the salt (first block only) and the token ids."""
-    h = hashlib.blake2b(parent_digest, digest_size=16)
-    if not parent_digest:
-        h.update(b"\0" if salt is None else b"\1" + salt.encode("utf-8", "surrogatepass") + b"\0")
-    h.update(array("q", token_ids).tobytes())
-    return h.digest()
+    root = parent_digest or (
+        b"\0" if salt is None else b"\1" + salt.encode("utf-8", "surrogatepass") + b"\0"
+    )
+    return blake2b(root + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class MissCause(enum.StrEnum):

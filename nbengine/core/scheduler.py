@@ -482,37 +482,37 @@ class Scheduler:
         that got a token."""
         size = self.config.block_size
         caching = self.config.enable_prefix_caching
-        samples, sampled, errors = output.samples, self._journal.sampled, output.errors
+        running = Status.RUNNING
+        samples, candidates, errors = output.samples, output.candidates, output.errors
+        sampled = self._journal.sampled
         beams: dict[str, LiveRequest] = {}
         advanced: list[Sequence] = []
         for seq, n in self._plan.scheduled:
-            if seq.status is not Status.RUNNING:
+            if seq.status is not running:
                 continue  # it ended with a sibling beam that failed
-            before = seq.num_computed_tokens
-            seq.num_computed_tokens = computed = before + n
             seq_id = seq.seq_id
-            if errors and seq_id in errors:
+            seq.num_computed_tokens = computed = seq.num_computed_tokens + n
+            if seq_id in errors:
                 self._fail(seq, str(errors[seq_id]))
                 continue
-            if caching and computed // size > before // size:
-                self._cache_full_blocks(seq, before // size, computed // size)
+            if caching and computed % size < n:  # the step filled a block, or several
+                self._cache_full_blocks(seq, (computed - n) // size, computed // size)
             if computed < len(seq.tokens):
                 continue
-            if seq_id in output.candidates:
-                seq.candidates = output.candidates[seq_id]
+            if seq_id in candidates:
+                seq.candidates = candidates[seq_id]
                 beams[seq.request.request_id] = self.live[seq.request.request_id]
                 continue
-            tokens = samples.get(seq_id, [])
+            tokens = samples.get(seq_id, ())
             if len(tokens) != 1 + seq.pending_forks:
                 self._fail(seq, f"the executor returned {len(tokens)} tokens for this sequence")
                 continue
+            advanced.append(seq)
             if seq.pending_forks:
                 advanced += self._fork_samples(seq, tokens)
                 continue
-            token = tokens[0]
-            sampled[seq_id] = token
+            sampled[seq_id] = token = tokens[0]
             seq.tokens.append(token)
-            advanced.append(seq)
             request = seq.request
             if token in request.stop_token_ids or len(seq.tokens) >= request.max_total_tokens:
                 self._check_stop(seq, token)
@@ -538,16 +538,15 @@ class Scheduler:
 
     def _fork_samples(self, seq: Sequence, tokens: list[int]) -> list[Sequence]:
         """The prompt of a request with n > 1 is computed: one sequence a sample from here on, each
-        with its own first token and all sharing the prompt's blocks."""
+        with its own first token and all sharing the prompt's blocks. Returns the new ones."""
         num_forks, seq.pending_forks = seq.pending_forks, 0
         self.num_seats_taken -= num_forks
         children = [self._fork(seq, index + 1) for index in range(num_forks)]
-        samples = [seq, *children]
-        for sample, token in zip(samples, tokens, strict=True):
+        for sample, token in zip((seq, *children), tokens, strict=True):
             self._journal.sampled[sample.seq_id] = token
             sample.tokens.append(token)
             self._check_stop(sample, token)
-        return samples
+        return children
 
     def _fork(self, seq: Sequence, index: int) -> Sequence:
         """A sequence with the same tokens, sharing the blocks of a running `seq`. Where there is

@@ -78,6 +78,15 @@ def test_equal_digests_are_confirmed_by_tokens_salt_and_the_whole_chain(monkeypa
     assert not cache.insert(second[1], 7), "a taken digest is not overwritten"
 
 
+def test_equal_blocks_behind_parents_of_equal_digests_are_told_apart(monkeypatch):
+    monkeypatch.setattr(prefix_cache, "digest_of", lambda parent, tokens, salt: parent + b"+")
+    cache = cache_of([1, 1, 1, 1])
+    other = []
+    cache.extend_contents(other, [2, 2, 2, 2, 7, 7, 7, 7], None)
+    assert not cache.insert(other[0], 1) and cache.insert(other[1], 2)
+    assert look_up(cache, [1, 1, 1, 1, 7, 7, 7, 7, 9])[0] == [0], "7777 was cached behind 2222"
+
+
 def test_a_second_block_of_the_same_content_stays_private():
     cache = cache_of(range(4))
     contents = []
