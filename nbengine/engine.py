@@ -16,7 +16,8 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbengine.config import EngineConfig
 from nbengine.core.history import History
@@ -40,7 +41,10 @@ from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscr
 if TYPE_CHECKING:
     from nbengine.execution.memory import MemoryBudget
     from nbengine.execution.runner import ModelRunner
+    from nbengine.jupyter.dashboard import Dashboard
     from nbengine.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 Prompt = str | Seq[int] | Mapping[str, Any]
 """A text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; a mapping may carry a
@@ -565,13 +569,24 @@ class Engine:
         """
         return self._call(self.scheduler.reset_prefix_cache)
 
-    def dashboard(self) -> Any:
-        """A live widget: controls, queues, block map and step log. Needs ipywidgets."""
-        from nbengine.jupyter.dashboard import Dashboard
+    def dashboard(self) -> Dashboard:
+        """The engine's dashboard: controls, queues, block map and step log, live while it runs (a
+        still picture where the notebook extras are not installed). An engine has one; showing it
+        twice shows it twice."""
+        from nbengine.jupyter.dashboard import dashboard_of
 
-        return Dashboard(self)
+        return dashboard_of(self)
 
     # ------------------------------------------------------------------ its life
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def submit(self, command: Callable[[], T]) -> Future[T]:
+        """Have `command` run on the engine's thread between two steps, and return at once: for
+        callbacks, which must not wait for a step. The engine's methods may be called inside."""
+        return self._thread.submit(command)
 
     def _call(self, command: Callable[[], Any]) -> Any:
         def unless_closed() -> Any:
@@ -604,6 +619,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        from nbengine.jupyter.views import engine_html
+
+        return engine_html(self)
 
     def __repr__(self) -> str:
         if self._is_closed:
