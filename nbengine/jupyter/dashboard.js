@@ -97,11 +97,11 @@ function render({ model, el }) {
   const ended = h("tbody", { class: "nbe-ended" });
   const requests = h(
     "section",
-    { "aria-label": "Requests" },
+    { class: "nbe-requests", "aria-label": "Requests", tabindex: 0 },
     h(
       "table",
       {},
-      h("thead", {}, h("tr", {}, ...["request", "state", "tokens", "text", ""].map((t) => h("th", { scope: "col" }, t)))),
+      h("thead", {}, h("tr", {}, ...["request", "state", "tokens", "blocks", "text", ""].map((t) => h("th", { scope: "col" }, t)))),
       live,
       ended,
     ),
@@ -124,7 +124,8 @@ function render({ model, el }) {
         h("div", { class: "nbe-progress", role: "progressbar", "aria-label": `${id}: tokens computed`, "aria-valuemin": 0 }, h("i"), h("b")),
         h("small"),
       ),
-      h("td", { class: "nbe-text" }),
+      h("td", { class: "nbe-number" }),
+      h("td", { class: "nbe-text" }, h("div", {}, h("span"))),
       h(
         "td",
         { class: "nbe-actions" },
@@ -135,9 +136,10 @@ function render({ model, el }) {
   }
 
   function updateRow(row, item) {
-    const [, state, tokens, text] = row.children;
+    const [, state, tokens, blocks, text] = row.children;
     row.className = `nbe-${item.status}`;
-    setText(state, item.status + (item.num_preemptions ? ` (preempted ${item.num_preemptions}×)` : ""));
+    setText(state, item.status);
+    state.title = item.num_preemptions ? `preempted ${item.num_preemptions} times` : "";
     const [progress, numbers] = tokens.children;
     progress.setAttribute("aria-valuemax", item.max_tokens);
     progress.setAttribute("aria-valuenow", item.num_computed);
@@ -149,10 +151,12 @@ function render({ model, el }) {
     promptPart.style.background = palette[item.colour];
     const output = item.num_tokens - item.num_prompt;
     const prefill = item.num_computed < item.num_prompt ? `${item.num_computed}/` : "";
-    const hit = item.num_cached ? `, ${item.num_cached} cached` : "";
-    setText(numbers, `${prefill}${item.num_prompt} prompt${hit} + ${output} · ${item.num_blocks} blocks`);
-    setText(text, item.text);
-    if (item.why) text.prepend(h("em", {}, item.why + (item.text ? " " : "")));
+    const hit = item.num_cached ? ` (${item.num_cached} cached)` : "";
+    setText(numbers, `${prefill}${item.num_prompt}${hit} + ${output}`);
+    setText(blocks, String(item.num_blocks));
+    const line = text.firstElementChild.firstElementChild;
+    setText(line, item.text);
+    if (item.why) line.prepend(h("em", {}, item.why + (item.text ? " " : "")));
   }
 
   const makeEnded = (item) =>
@@ -160,19 +164,19 @@ function render({ model, el }) {
       "tr",
       {},
       h("th", { scope: "row" }, h("i", { class: "nbe-swatch", style: `background:${palette[item.colour]}` }), item.id),
-      h("td", {}, `finished (${item.reason})`),
-      h("td", { class: "nbe-tokens" }, h("small", {}, `${item.num_prompt} prompt${item.num_cached ? `, ${item.num_cached} cached` : ""} + ${item.num_output}`)),
-      h("td", { class: "nbe-text", colspan: 2 }, item.text),
+      h("td", { class: "nbe-state", title: "finished" }, item.reason),
+      h("td", { class: "nbe-tokens" }, h("small", {}, `${item.num_prompt}${item.num_cached ? ` (${item.num_cached} cached)` : ""} + ${item.num_output}`)),
+      h("td", { class: "nbe-number" }),
+      h("td", { class: "nbe-text", colspan: 2 }, h("div", {}, h("span", {}, item.text))),
     );
 
   // ---------------------------------------------------------------- blocks
   const map = createBlockMap({ palette });
-  const counts = h("div", { class: "nbe-counts" });
+  const counts = h("span", { class: "nbe-counts" });
   const blocks = h(
     "section",
     { "aria-label": "KV blocks" },
-    h("h4", {}, "KV blocks"),
-    counts,
+    h("h4", {}, "KV blocks ", counts),
     map.element,
     h(
       "div",
@@ -224,9 +228,9 @@ function render({ model, el }) {
     "div",
     { class: "nbe" },
     bar, form, notice,
-    h("div", { class: "nbe-columns" }, h("div", {}, h("h4", {}, "Requests"), requests, explanation), blocks),
-    h("h4", {}, "Steps"),
-    steplog,
+    h("h4", {}, "Requests"),
+    requests, explanation,
+    h("div", { class: "nbe-columns" }, blocks, h("div", {}, h("h4", {}, "Steps"), steplog)),
   );
   el.append(root);
 

@@ -26,7 +26,7 @@ MAX_SEQUENCES = 100
 """Rows of the queue table; the block map knows all."""
 MAX_LOG = 40
 MAX_FINISHED = 6
-TEXT_TAIL = 160
+TEXT_TAIL = 170
 SPEED_WINDOW = 2.0
 """Seconds over which tokens per second are counted."""
 
