@@ -41,7 +41,10 @@ from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscr
 if TYPE_CHECKING:
     from nbengine.execution.memory import MemoryBudget
     from nbengine.execution.runner import ModelRunner
+    from nbengine.jupyter.dashboard import Dashboard
     from nbengine.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 Prompt = str | Seq[int] | Mapping[str, Any]
 """A text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; a mapping may carry a
@@ -519,7 +522,7 @@ class Engine:
                 name = begun.result()
                 self._thread.submit(lambda: (self._abort_now([name]), self._add_driver(-1)))
 
-        future = self._submit(begin)
+        future = self.submit(begin)
         try:
             await asyncio.wrap_future(future)
             while True:
@@ -585,22 +588,30 @@ class Engine:
         """
         return self._call(self.scheduler.reset_prefix_cache)
 
-    def dashboard(self) -> Any:
-        """A live widget: controls, queues, block map and step log. Needs ipywidgets."""
-        from nbengine.jupyter.dashboard import Dashboard
+    def dashboard(self) -> Dashboard:
+        """The engine's dashboard: controls, queues, block map and step log, live while it runs (a
+        still picture where the notebook extras are not installed). An engine has one; showing it
+        twice shows it twice."""
+        from nbengine.jupyter.dashboard import dashboard_of
 
-        return Dashboard(self)
+        return dashboard_of(self)
 
     # ------------------------------------------------------------------ its life
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def submit(self, command: Callable[[], T]) -> Future[T]:
+        """Have `command` run on the engine's thread between two steps, and return at once: for
+        callbacks, which must not wait for a step. The engine's methods may be called inside."""
+        self._check_open()
+        return self._thread.submit(lambda: self._if_open(command))
 
     def _call(self, command: Callable[[], T]) -> T:
         """The result of `command`, run on the engine's thread between two steps."""
         self._check_open()
         return self._thread.call(lambda: self._if_open(command))
-
-    def _submit(self, command: Callable[[], T]) -> Future[T]:
-        self._check_open()
-        return self._thread.submit(lambda: self._if_open(command))
 
     def _if_open(self, command: Callable[[], T]) -> T:
         self._check_open()
@@ -633,6 +644,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        from nbengine.jupyter.views import engine_html
+
+        return engine_html(self)
 
     def __repr__(self) -> str:
         if self._is_closed:

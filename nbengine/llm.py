@@ -110,17 +110,12 @@ class LLM:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        tokenizer = self.get_tokenizer()
-        text = tokenizer.apply_chat_template(
+        return chat_prompt(
+            self.get_tokenizer(),
             messages,
             add_generation_prompt=add_generation_prompt,
             **(template_kwargs or {}),
         )
-        # The template has written the special tokens itself.
-        return {
-            "prompt": text,
-            "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False),
-        }
 
     def beam_search(
         self,
@@ -207,6 +202,18 @@ class LLM:
 
     def __repr__(self) -> str:
         return f"LLM({self.engine!r})"
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Seq[Message], **template_options: Any) -> Prompt:
+    """A conversation as a prompt, through the model's own chat template.
+
+    Raises:
+        InvalidRequest: the model has no template, or the messages don't fit it.
+    """
+    text = tokenizer.apply_chat_template(messages, **template_options)
+    # The template has written the special tokens itself.
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return {"prompt": text, "prompt_token_ids": ids}
 
 
 def _as_batch(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
