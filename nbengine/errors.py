@@ -71,5 +71,10 @@ class NotEnoughMemory(NbengineError, MemoryError):
     """The model or its KV cache does not fit; the message holds the sizes and suggestions."""
 
 
+class SamplingError(NbengineError, ArithmeticError):
+    """No token can be drawn from a row of logits: it holds NaN or infinity, or every token of it
+    is masked."""
+
+
 class EngineClosed(NbengineError, RuntimeError):
     """The engine was closed, and its memory given back."""

@@ -51,6 +51,8 @@ class Request:
     """The model's end-of-sequence tokens."""
     stop_token_ids: frozenset[int] = frozenset()
     """What ends a sequence: those above unless `ignore_eos`, and the caller's stop_token_ids."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """`params.bad_words` as token sequences."""
     max_total_tokens: int = 0
     """Prompt and output tokens together may not pass this (max_tokens, max_model_len)."""
 
@@ -119,6 +121,16 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    @property
+    def needs_every_prompt_token(self) -> bool:
+        """Its prompt is being scored (prompt_logprobs), which prefix hits would leave gaps in."""
+        params = self.request.params
+        return (
+            isinstance(params, SamplingParams)
+            and params.prompt_logprobs is not None
+            and len(self.tokens) == self.num_prompt_tokens
+        )
 
     @property
     def is_idle(self) -> bool:

@@ -463,8 +463,7 @@ class Scheduler:
             return MissCause.DISABLED
         if seq.host_blocks:
             return MissCause.SWAPPED
-        prompt_logprobs = getattr(seq.request.params, "prompt_logprobs", None)
-        if prompt_logprobs is not None and len(seq.tokens) == seq.num_prompt_tokens:
+        if seq.needs_every_prompt_token:
             return MissCause.PROMPT_LOGPROBS
         return None
 

@@ -1,0 +1,227 @@
+"""The memory budget: what weights, activations and KV blocks take, worked out before loading.
+
+`plan_memory` is called once, by `ModelRunner.load`. It needs only the config, so a model that does
+not fit is refused in a moment and with numbers. The engine prints the `MemoryBudget` at start-up.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nbengine.errors import InvalidField, NotEnoughMemory
+from nbengine.execution.kv_cache import bytes_per_block
+from nbengine.models.config import ModelConfig
+from nbengine.models.weights import HEAD_QUANTIZATION
+
+GIB = 2**30
+
+MAX_CPU_KV_BYTES = 2 * GIB
+"""On a CPU other programs live in the same memory, and few sequences run at a time: more KV than
+this is taken only where one sequence of `max_model_len` needs it."""
+
+_BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5 + 4 / 32}  # int4: a scale and a zero each 32
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Bytes, and what they hold."""
+
+    device: str
+    available: int
+    """Free on the device when the budget was made."""
+    weights: int
+    activations: int
+    """An estimate of the most that a step needs beside weights and KV."""
+    block_size: int
+    block_bytes: int
+    num_blocks: int
+    num_host_blocks: int
+    max_model_len: int
+    """As asked for, or else the most that the model and the blocks allow."""
+
+    @property
+    def kv_cache(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def reserve(self) -> int:
+        """What is left to others."""
+        return self.available - self.weights - self.activations - self.kv_cache
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, how much, note) for the two printed forms."""
+        blocks = (
+            f"{self.num_blocks:,} blocks of {self.block_size} = {self.num_kv_tokens:,} tokens, "
+            f"{self.num_kv_tokens / self.max_model_len:.1f} x max_model_len {self.max_model_len:,}"
+        )
+        rows = [
+            ("weights", _shown(self.weights), ""),
+            ("activations", _shown(self.activations), "at most, estimated"),
+            ("KV cache", _shown(self.kv_cache), blocks),
+            ("reserve", _shown(self.reserve), f"of {_shown(self.available)} free"),
+        ]
+        if self.num_host_blocks:
+            note = f"{self.num_host_blocks:,} blocks in host memory"
+            rows.append(("swap", _shown(self.num_host_blocks * self.block_bytes), note))
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"memory on {self.device}"]
+        lines += [f"  {what:<12}{size:>11}  {note}".rstrip() for what, size, note in self.rows]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><caption>memory on {html.escape(self.device)}</caption>{cells}</table>"
+
+
+def plan_memory(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None = None,
+    block_size: int = 16,
+    max_model_len: int | None = None,
+    max_num_batched_tokens: int = 2048,
+    max_num_seqs: int = 256,
+    gpu_memory_utilization: float = 0.9,
+    num_gpu_blocks_override: int | None = None,
+    swap_space: float = 0.0,
+) -> MemoryBudget:
+    """Divide the free memory.
+
+    `gpu_memory_utilization` is a fraction of a GPU's whole memory, or of a CPU's free memory;
+    `swap_space` is in GiB of host memory. Raises `NotEnoughMemory` if weights, activations and one
+    sequence of `max_model_len` do not fit (left None, it becomes what fits), and `InvalidField` for
+    a `max_model_len` beyond the model's positions.
+    """
+    positions = config.max_position_embeddings
+    if max_model_len is not None and max_model_len > positions:
+        raise InvalidField("max_model_len", max_model_len, f"the model has {positions} positions")
+    available, usable = _free_memory(device, gpu_memory_utilization)
+    weights = weight_bytes(config, dtype, quantization, max_model_len or positions)
+    activations = activation_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
+    left = usable - weights - activations
+    block_bytes = bytes_per_block(config, block_size, dtype)
+    sizes = (
+        f"weights {_shown(weights)} and activations {_shown(activations)} of {_shown(usable)} "
+        f"usable ({_shown(available)} free on {device}, "
+        f"gpu_memory_utilization={gpu_memory_utilization:g})"
+    )
+    fitting = max(0, left) // block_bytes
+    per_sequence = -(-(max_model_len or positions) // block_size)
+
+    if num_gpu_blocks_override is not None:
+        if num_gpu_blocks_override > fitting:
+            raise NotEnoughMemory(
+                f"num_gpu_blocks_override={num_gpu_blocks_override} blocks of "
+                f"{block_bytes:,} bytes do not fit beside {sizes}: at most {fitting} do"
+            )
+        num_blocks = num_gpu_blocks_override
+    else:
+        needed = per_sequence if max_model_len is not None else 1
+        if fitting < needed:
+            smaller = f"max_model_len={fitting * block_size}, " if fitting else ""
+            if dtype == torch.float32:
+                smaller += "dtype='bfloat16', "
+            raise NotEnoughMemory(
+                f"{_shown(needed * block_bytes)} of KV cache for one sequence of "
+                f"{needed * block_size} tokens do not fit beside {sizes}: try {smaller}"
+                "quantization='int8' or 'int4', a smaller max_num_batched_tokens, or a smaller "
+                "model"
+            )
+        num_blocks = min(fitting, max_num_seqs * per_sequence)
+        if device.type == "cpu":
+            num_blocks = min(num_blocks, max(needed, MAX_CPU_KV_BYTES // block_bytes))
+
+    host_bytes = swap_space * GIB
+    if device.type == "cpu":
+        host_bytes = min(host_bytes, left - num_blocks * block_bytes)
+    return MemoryBudget(
+        device=str(device),
+        available=available,
+        weights=weights,
+        activations=activations,
+        block_size=block_size,
+        block_bytes=block_bytes,
+        num_blocks=num_blocks,
+        num_host_blocks=min(int(host_bytes // block_bytes), max_num_seqs * per_sequence),
+        max_model_len=max_model_len or min(positions, num_blocks * block_size),
+    )
+
+
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantization: str | None, num_positions: int
+) -> int:
+    """What a decoder's weights and rope table will hold, to within a percent."""
+    embedding = config.vocab_size * config.hidden_size
+    matrices = config.num_parameters - embedding * (1 if config.tie_word_embeddings else 2)
+
+    def size(count: int, kind: str | None) -> float:
+        return count * (_BYTES_PER_WEIGHT[kind] if kind else dtype.itemsize)
+
+    table = 2 * num_positions * config.head_dim
+    total = (embedding + table) * dtype.itemsize + size(matrices, quantization)
+    head = HEAD_QUANTIZATION[quantization]
+    if head is not None or not config.tie_word_embeddings:
+        total += size(embedding, head)
+    return int(total)
+
+
+def activation_bytes(
+    config: ModelConfig, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int
+) -> int:
+    """The largest tensors alive at once in a step: in the widest layer, and at the logits."""
+    qkv = config.q_size + 2 * config.kv_size
+    mlp = 3 * config.intermediate_size  # gate, up, and their product
+    per_token = (4 * config.hidden_size + max(mlp, 2 * qkv + config.q_size)) * dtype.itemsize
+    per_token += 2 * config.hidden_size * 4  # norms are computed in float32
+    logits_rows = min(max_num_seqs, max_num_batched_tokens)
+    return max_num_batched_tokens * per_token + 3 * logits_rows * config.vocab_size * 4
+
+
+def _free_memory(device: torch.device, fraction: float) -> tuple[int, int]:
+    """Bytes that are free on the device, and how many of them may be used."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, int(total * fraction) - (total - free)
+    free = free_host_memory()
+    return free, int(free * fraction)
+
+
+def free_host_memory(
+    meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Free memory of the machine, or of the container (cgroup v2) where that is less."""
+    try:
+        lines = meminfo.read_text().splitlines()
+        fields = dict(line.split(":") for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):  # not Linux: half of what the machine has
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no limit ("max") or no cgroups
+        return free
+    return min(free, max(0, limit - used))
+
+
+def _shown(num_bytes: int) -> str:
+    if abs(num_bytes) < GIB:
+        return f"{num_bytes / 2**20:,.1f} MiB"
+    return f"{num_bytes / GIB:,.2f} GiB"

@@ -1,0 +1,275 @@
+"""`ModelRunner`: the executor with a real model behind it.
+
+Once a step, on the engine's thread: blocks are swapped and copied, the plan becomes a `Batch`, the
+decoder runs, and the rows whose sequences have no more known tokens are sampled. It reads the
+sequences and changes none of their fields. A row that can't be sampled (NaN, everything masked)
+becomes an error of its sequence alone; whatever else goes wrong escapes, and the scheduler takes
+the step back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nbengine.core.plan import StepOutput, StepPlan
+from nbengine.core.request import Sequence
+from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
+from nbengine.errors import SamplingError
+from nbengine.execution.batch import Batch
+from nbengine.execution.kv_cache import KVCache
+from nbengine.execution.memory import MemoryBudget, plan_memory
+from nbengine.execution.sampler import Sampler, SampleRow, beam_candidates, prompt_logprobs
+from nbengine.models.decoder import Decoder
+from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype, resolve_model
+from nbengine.models.weights import Quantization, build_decoder
+
+_PROMPT_ROWS = 128
+"""Prompt tokens scored at a time: the logits of a long prompt are larger than many a model."""
+
+
+class ModelRunner:
+    """Implements `nbengine.core.plan.Executor`."""
+
+    def __init__(
+        self, decoder: Decoder, kv_cache: KVCache, sampler: Sampler, block_size: int
+    ) -> None:
+        self.decoder, self.kv_cache, self.sampler = decoder, kv_cache, sampler
+        self.block_size = block_size
+        self._is_set_up = False
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        quantization: Quantization | None = None,
+        block_size: int = 16,
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int = 2048,
+        max_num_seqs: int = 256,
+        gpu_memory_utilization: float = 0.9,
+        num_gpu_blocks_override: int | None = None,
+        swap_space: float = 0.0,
+    ) -> tuple[ModelRunner, MemoryBudget]:
+        """A runner ready to execute, and the memory it was given; fields as in `EngineConfig`.
+
+        The budget comes first, from the config alone, so that a model that can't fit is refused
+        before it is read. Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`,
+        `NotEnoughMemory`, and `InvalidField` for an unknown dtype or quantization.
+        """
+        checkpoint = open_checkpoint(resolve_model(model))
+        config = checkpoint.config
+        device = resolve_device(device)
+        torch_dtype = resolve_dtype(dtype, config, quantization, device)
+        budget = plan_memory(
+            config,
+            dtype=torch_dtype,
+            device=device,
+            quantization=quantization,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            gpu_memory_utilization=gpu_memory_utilization,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+            swap_space=swap_space,
+        )
+        decoder = build_decoder(
+            checkpoint,
+            dtype=torch_dtype,
+            quantization=quantization,
+            device=device,
+            max_positions=budget.max_model_len,
+        )
+        kv_cache = KVCache.allocate(
+            config,
+            budget.num_blocks,
+            block_size,
+            torch_dtype,
+            device,
+            num_host_blocks=budget.num_host_blocks,
+        )
+        sampler = Sampler(config.vocab_size, device)
+        budget = dataclasses.replace(budget, weights=decoder.nbytes)
+        return cls(decoder, kv_cache, sampler, block_size), budget
+
+    def prepare(self, plan: StepPlan) -> Prepared:
+        """The plan as the model's input."""
+        wanted = _Wanted.of(plan)
+        batch = None
+        if plan.scheduled:
+            batch = Batch.from_plan(
+                plan, self.block_size, logits_rows=wanted.rows, device=self.decoder.device
+            )
+        return Prepared(plan, batch, wanted)
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Do all the plan says."""
+        return self.compute(self.prepare(plan))
+
+    def compute(self, prepared: Prepared) -> StepOutput:
+        """The second half of `execute`. If it raises, what the plan's blocks hold is unknown."""
+        plan = prepared.plan
+        if not self._is_set_up:
+            # With denormal numbers a matrix product can take twenty times as long. It is a setting
+            # of this thread, and of OpenMP's workers that it starts from now on.
+            torch.set_flush_denormal(True)
+            self._is_set_up = True
+        self.kv_cache.swap_out(plan.swap_out)
+        self.kv_cache.swap_in(plan.swap_in)
+        self.kv_cache.copy_blocks(plan.copies)
+        output = StepOutput()
+        if prepared.batch is not None:
+            with torch.inference_mode():
+                self._compute(plan, prepared.batch, prepared.wanted, output)
+        return output
+
+    def close(self) -> None:
+        """Give the memory of weights and cache back; the runner is of no use after this."""
+        is_cuda = self.decoder.device.type == "cuda"
+        del self.decoder, self.kv_cache
+        if is_cuda:
+            torch.cuda.empty_cache()
+
+    def _compute(self, plan: StepPlan, batch: Batch, wanted: _Wanted, output: StepOutput) -> None:
+        hidden = self.decoder.forward(batch, self.kv_cache)
+        if not wanted.rows:
+            return
+        hidden = hidden[batch.logits_rows]
+        last, of_prompts = hidden.tensor_split([wanted.num_last])
+        if wanted.num_last:
+            logits = self.decoder.compute_logits(last)
+            sampled, of_beams = logits.tensor_split([len(wanted.samples)])
+            self._sample(wanted, sampled, output)
+            self._score_beams(wanted, of_beams, output)
+        self._score_prompts(wanted, of_prompts, output)
+
+    def _sample(self, wanted: _Wanted, logits: Tensor, output: StepOutput) -> None:
+        rows = [_sample_row(seq) for seq in wanted.samples]
+        samples = self.sampler.sample(logits, rows)
+        for index, seq in enumerate(wanted.samples):
+            if index in samples.errors:
+                output.errors[seq.seq_id] = samples.errors[index]
+                continue
+            output.samples[seq.seq_id] = samples.token_ids[index]
+            logprobs = samples.logprobs[index]
+            if logprobs is not None:
+                output.logprobs[seq.seq_id] = logprobs
+
+    def _score_beams(self, wanted: _Wanted, logits: Tensor, output: StepOutput) -> None:
+        start = 0
+        for beams in wanted.beams.values():
+            params = beams[0].request.params
+            assert isinstance(params, BeamSearchParams)
+            part = logits[start : start + len(beams)]
+            start += len(beams)
+            try:
+                found = beam_candidates(part, 2 * params.beam_width, params.temperature)
+            except SamplingError as error:
+                output.errors |= {seq.seq_id: error for seq in beams}
+                continue
+            output.candidates |= {
+                seq.seq_id: candidates for seq, candidates in zip(beams, found, strict=True)
+            }
+
+    def _score_prompts(self, wanted: _Wanted, hidden: Tensor, output: StepOutput) -> None:
+        start = 0
+        for seq, targets, num_logprobs in wanted.prompts:
+            rows = hidden[start : start + len(targets)]
+            start += len(targets)
+            try:
+                output.prompt_logprobs[seq.seq_id] = [
+                    entry
+                    for at in range(0, len(targets), _PROMPT_ROWS)
+                    for entry in prompt_logprobs(
+                        self.decoder.compute_logits(rows[at : at + _PROMPT_ROWS]),
+                        targets[at : at + _PROMPT_ROWS],
+                        num_logprobs,
+                    )
+                ]
+            except SamplingError as error:
+                output.errors[seq.seq_id] = error
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A plan, laid out for the model."""
+
+    plan: StepPlan
+    batch: Batch | None
+    """None where nothing is scheduled."""
+    wanted: _Wanted
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What of a plan needs logits. The rows are in this order: samples, beams, prompts."""
+
+    samples: list[Sequence] = field(default_factory=list)
+    beams: dict[str, list[Sequence]] = field(default_factory=dict)
+    """By request, because the beams of one fail together."""
+    prompts: list[tuple[Sequence, list[int], int]] = field(default_factory=list)
+    """(sequence, the prompt tokens to score, how many logprobs each)."""
+    rows: list[int] = field(default_factory=list)
+    """Flat rows of the batch."""
+    num_last: int = 0
+    """How many of `rows` are the last known token of a sample or beam."""
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> _Wanted:
+        wanted = cls()
+        beam_rows: dict[str, list[int]] = {}
+        prompt_rows: list[int] = []
+        end = 0
+        for seq, n in plan.scheduled:
+            start, end = end, end + n
+            params = seq.request.params
+            if seq.num_computed_tokens + n == len(seq.tokens):
+                if isinstance(params, SamplingParams):
+                    wanted.samples.append(seq)
+                    wanted.rows.append(end - 1)
+                else:
+                    name = seq.request.request_id
+                    wanted.beams.setdefault(name, []).append(seq)
+                    beam_rows.setdefault(name, []).append(end - 1)
+            if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+                targets = _prompt_tokens_to_score(seq, n)
+                if targets:
+                    wanted.prompts.append((seq, targets, params.prompt_logprobs))
+                    prompt_rows += range(start, start + len(targets))
+        for rows in beam_rows.values():
+            wanted.rows += rows
+        wanted.num_last = len(wanted.rows)
+        wanted.rows += prompt_rows
+        return wanted
+
+
+def _prompt_tokens_to_score(seq: Sequence, n: int) -> list[int]:
+    """The prompt tokens that the next n rows predict: one less at the end, where the next token is
+    sampled. None for a sequence whose prompt was scored before (a fork, a recompute)."""
+    if seq.index or len(seq.tokens) > seq.num_prompt_tokens:
+        return []
+    first = seq.num_computed_tokens + 1
+    return seq.tokens[first : first + n]
+
+
+def _sample_row(seq: Sequence) -> SampleRow:
+    request = seq.request
+    assert isinstance(request.params, SamplingParams)
+    return SampleRow(
+        seq_id=seq.seq_id,
+        params=request.params,
+        seed=request.seed,
+        sample_indices=range(seq.index, seq.index + 1 + seq.pending_forks),
+        tokens=seq.tokens,
+        num_prompt_tokens=request.num_prompt_tokens,
+        eos_token_ids=request.eos_token_ids,
+        bad_words_token_ids=request.bad_words_token_ids,
+    )

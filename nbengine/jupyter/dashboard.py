@@ -1,0 +1,272 @@
+"""`Dashboard`: an engine's controls, queues, block map and step log, live in a notebook.
+
+The page's messages become commands in the engine's queue and are never waited for; what comes of
+them shows in the next frame. A `Publisher` thread alone writes to the widget. Without ipywidgets
+and anywidget, or where a notebook is read without a kernel, the same picture stands still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from nbengine.core.sampling_params import SamplingParams
+from nbengine.engine import Engine
+from nbengine.errors import EngineClosed, InvalidField, NbengineError
+from nbengine.jupyter.frame import Frame, gather
+from nbengine.jupyter.publisher import Publisher
+from nbengine.jupyter.views import snapshot_html, snapshot_text, steps_html, steps_text
+from nbengine.llm import chat_prompt
+
+INSTALL_HINT = 'For the live dashboard: pip install "nbengine[notebook]"'
+
+_dashboards: weakref.WeakKeyDictionary[Engine, Dashboard] = weakref.WeakKeyDictionary()
+_dashboards_lock = threading.Lock()
+
+
+def dashboard_of(engine: Engine) -> Dashboard:
+    """The engine's one dashboard; a new one if the last was closed.
+
+    Raises:
+        EngineClosed
+    """
+    if engine.is_closed:
+        raise EngineClosed("this engine was closed; make a new one")
+    with _dashboards_lock:
+        dashboard = _dashboards.get(engine)
+        if dashboard is None or dashboard.is_closed:
+            dashboard = _dashboards[engine] = Dashboard(engine)
+        return dashboard
+
+
+class Dashboard:
+    """What `engine.dashboard()` returns: display it, or print it. It does not keep its engine
+    alive; when the engine is closed, the dashboard closes too and leaves its last picture."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+        self._notice: dict[str, str] | None = None
+        self._explanation: dict[str, str] | None = None
+        self._num_answered = 0
+        self._last: Frame | None = None
+        self._displays: list[Any] = []
+        self._is_closed = False
+        self._widget = _make_widget()
+        self._publisher: Publisher | None = None
+        if self._widget is not None:
+            self._widget.on_msg(lambda widget, content, buffers: self.receive(content))
+            self._publisher = Publisher(engine, self._show, self._end)
+            self._publisher.start()
+
+    # ------------------------------------------------------------------ to the page
+
+    def _show(self, frame: Frame, seq: int) -> None:
+        """On the publisher's thread."""
+        self._last = frame
+        error = frame.error
+        notice = self._notice
+        if error is not None and notice is None:
+            notice = _notice_of(error, "The background run stopped: ")
+        state = frame.state() | {
+            "seq": seq,
+            "notice": notice,
+            "explanation": self._explanation,
+            "num_answered": self._num_answered,
+        }
+        assert self._widget is not None
+        with self._widget.hold_sync():
+            for name, value in frame.buffers().items():
+                setattr(self._widget, name, value)
+            self._widget.state = json.dumps(state)
+
+    def _end(self) -> None:
+        """On the publisher's thread, as its last act: the comm goes, the last picture stays."""
+        self._is_closed = True
+        if self._widget is not None:
+            with contextlib.suppress(Exception):  # the kernel may be shutting down
+                for handle in self._displays:
+                    handle.update(self._still("closed"), raw=True)
+            self._widget.close()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def close(self) -> None:
+        """End the dashboard's thread and connection; its last picture stays in the notebook. The
+        engine goes on. Closing twice does nothing."""
+        self._is_closed = True
+        if self._publisher is not None:
+            self._publisher.stop()
+
+    # ------------------------------------------------------------------ from the page
+
+    def receive(self, message: Any) -> None:
+        """A message from the page, on whichever thread the kernel handles it. Never waits."""
+        publisher = self._publisher
+        if publisher is None or not isinstance(message, dict):
+            return
+        kind = message.get("type")
+        if kind == "ready":
+            publisher.heard(None)
+            return
+        if kind == "drawn":
+            seq = message.get("seq")
+            publisher.heard(seq if isinstance(seq, int) else 0)
+            return
+        engine = self._engine()
+        command = _COMMANDS.get(kind) if isinstance(kind, str) else None
+        if engine is None or engine.is_closed or command is None:
+            return
+        self._notice = None
+        try:
+            future = command(self, engine, message)
+        except NbengineError as error:
+            self._answer(error)
+        else:
+            future.add_done_callback(lambda done: self._answer(done.exception()))
+
+    def _answer(self, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, EngineClosed):
+            self._notice = _notice_of(error)
+        self._num_answered += 1
+        if self._publisher is not None:
+            self._publisher.wake(stale=True)
+
+    def _step(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+        n = message.get("n", 1)
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1000:
+            raise InvalidField("n", n, "must be an integer from 1 to 1000")
+        if not engine.has_work:
+            raise NothingToDo("There is nothing to compute: add a request first.")
+        return engine.submit(lambda: self._take_steps(engine, n))
+
+    def _take_steps(self, engine: Engine, n: int) -> None:
+        """One step, and the rest as new commands: what others ask for gets its turn between."""
+        if engine.has_work and not engine.is_closed:
+            engine.step()
+            if n > 1:
+                rest = engine.submit(lambda: self._take_steps(engine, n - 1))
+                rest.add_done_callback(
+                    lambda done: done.exception() and self._answer(done.exception())
+                )
+
+    def _run(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+        return engine.submit(engine.start)
+
+    def _pause(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+        return engine.submit(engine.pause)
+
+    def _add(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+        prompt = message.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InvalidField("prompt", prompt, "type a prompt first")
+        params = SamplingParams(
+            max_tokens=message.get("max_tokens", 64), temperature=message.get("temperature", 1.0)
+        )
+        as_chat = message.get("chat") is True and engine.tokenizer is not None
+
+        def add() -> str:
+            if not as_chat:
+                return engine.add_request(prompt, params)
+            assert engine.tokenizer is not None
+            turn = [{"role": "user", "content": prompt}]
+            templated = chat_prompt(engine.tokenizer, turn, add_generation_prompt=True)
+            return engine.add_request(templated, params)
+
+        return engine.submit(add)
+
+    def _abort(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+        name = str(message.get("id"))
+        return engine.submit(lambda: engine.abort(name))
+
+    def _why(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+        name = str(message.get("id"))
+
+        def explain() -> None:
+            self._explanation = {"id": name, "text": str(engine.why(name))}
+
+        return engine.submit(explain)
+
+    # ------------------------------------------------------------------ still forms
+
+    def _frame(self) -> Frame | None:
+        """The engine's state now, or as it was when the engine was closed."""
+        engine = self._engine()
+        if engine is not None and not engine.is_closed and not self._is_closed:
+            with contextlib.suppress(EngineClosed):
+                self._last = gather(engine, self._last)
+        return self._last
+
+    def _still(self, note: str = "") -> dict[str, str]:
+        """The picture in HTML and in text."""
+        frame = self._last if self._is_closed else self._frame()
+        if frame is None:
+            return {"text/plain": "Dashboard(closed)", "text/html": "<div>Dashboard (closed)</div>"}
+        title = f"nbengine dashboard ({note})" if note else "nbengine dashboard"
+        records = frame.records[9::-1] if len(frame.records) > 9 else frame.records[::-1]
+        text = f"{title}\n{snapshot_text(frame.snapshot)}\n{steps_text(records)}"
+        html = f"<b>{title}</b>{snapshot_html(frame.snapshot)}{steps_html(records)}"
+        return {"text/plain": text, "text/html": html}
+
+    def __repr__(self) -> str:
+        still = self._still("closed" if self._is_closed else "")["text/plain"]
+        return still if self._widget is not None else f"{still}\n{INSTALL_HINT}"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """The widget, and beside it the picture for readers without a kernel."""
+        bundle: dict[str, Any] = dict(self._still("closed" if self._is_closed else ""))
+        if self._widget is None:
+            bundle["text/html"] += f"<div>{INSTALL_HINT}</div>"
+        elif not self._is_closed:
+            bundle["application/vnd.jupyter.widget-view+json"] = {
+                "version_major": 2,
+                "version_minor": 0,
+                "model_id": self._widget.model_id,
+            }
+        return bundle
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        if handle is not None and not self._is_closed:
+            self._displays.append(handle)
+
+
+class NothingToDo(NbengineError):
+    """A step was asked for with no request in the engine."""
+
+
+_COMMANDS: dict[str, Callable[[Dashboard, Engine, dict[str, Any]], Future[Any]]] = {
+    "step": Dashboard._step,
+    "run": Dashboard._run,
+    "pause": Dashboard._pause,
+    "add": Dashboard._add,
+    "abort": Dashboard._abort,
+    "why": Dashboard._why,
+}
+
+
+def _notice_of(error: BaseException, prefix: str = "") -> dict[str, str]:
+    """What the page shows of an error: one line for the user's own, with the traceback for one of
+    the program's."""
+    if isinstance(error, NbengineError):
+        return {"text": f"{prefix}{error}", "detail": ""}
+    detail = "".join(traceback.format_exception(error))
+    return {"text": f"{prefix}{type(error).__name__}: {error}", "detail": detail}
+
+
+def _make_widget() -> Any:
+    """A widget, or None without the notebook extras."""
+    try:
+        from nbengine.jupyter.widget import DashboardWidget
+    except ImportError:
+        return None
+    return DashboardWidget()

@@ -1,0 +1,441 @@
+"""`%load_ext nbengine`: the magics.
+
+Each is a thin way to say in a cell what one or two lines of Python say: they work on the `engine`
+(or `llm`) of the user's namespace, return the engine's own objects, and never hold a cell but for
+`%nb_step`, `%%nb_generate` and `%%nb_chat`, which the stop button interrupts. `%nb_step?` and
+`%nb_step --help` show a magic's help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from IPython.core.error import TryNext, UsageError
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.utils.process import arg_split
+
+from nbengine.config import BLOCK_SIZES, EngineConfig
+from nbengine.core.policies import POLICIES
+from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
+from nbengine.core.snapshot import Snapshot
+from nbengine.core.why import Explanation
+from nbengine.engine import Engine
+from nbengine.errors import NbengineError
+from nbengine.jupyter.block_map import BlockMap
+from nbengine.jupyter.dashboard import Dashboard
+from nbengine.jupyter.stream import show_stream
+from nbengine.jupyter.views import Steps
+from nbengine.llm import LLM, chat_prompt
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MAX_TOKENS = 128
+"""More than `SamplingParams`' 16: who asks in a cell wants to read an answer."""
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Register the magics and what completes them."""
+    magics = NbengineMagics(shell)
+    shell.register_magics(magics)
+    for name in magics.magics["line"]:
+        for key in (f"%{name}", f"%%{name}"):
+            shell.set_hook("complete_command", magics.complete, str_key=key)
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def _text(value: str) -> str:
+    r"""An option's text; in quotes it is read as a Python string, so that "\n" is a new line."""
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        try:
+            return str(ast.literal_eval(value))
+        except (ValueError, SyntaxError) as error:
+            raise argparse.ArgumentTypeError(f"{value} is no Python string") from error
+    return value
+
+
+_PROMPT = argument("prompt", nargs=argparse.REMAINDER, help="the text, to the end of the line")
+_HELP = argument("-h", "--help", action="store_true", help="show this")
+
+_SAMPLING = {
+    "n": (int, "output sequences"),
+    "max-tokens": (int, f"output tokens at most (default {DEFAULT_MAX_TOKENS})"),
+    "min-tokens": (int, "no end before this many output tokens"),
+    "temperature": (float, "0 is greedy (default 1.0)"),
+    "top-p": (float, "keep the likeliest tokens that add up to this probability"),
+    "top-k": (int, "keep this many likeliest tokens"),
+    "min-p": (float, "keep tokens at least this fraction as likely as the likeliest"),
+    "presence-penalty": (float, "-2 to 2"),
+    "frequency-penalty": (float, "-2 to 2"),
+    "repetition-penalty": (float, "1.0 is none"),
+    "seed": (int, "for the same text again"),
+    "logprobs": (int, "log-probabilities of this many likeliest tokens"),
+}
+
+
+def _sampling_options() -> list[Any]:
+    return [
+        *(argument(f"--{name}", type=kind, help=text) for name, (kind, text) in _SAMPLING.items()),
+        argument("--stop", type=_text, action="append", help="a text that ends the output"),
+        argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token"),
+        argument("--params", metavar="NAME", help="a SamplingParams of the notebook, instead"),
+        argument("--priority", type=int, default=0, help="smaller runs sooner (priority policy)"),
+        argument("--request-id", type=_text, help="a name of your own (default req-0, req-1, ...)"),
+    ]
+
+
+_LOAD = {
+    "tokenizer": (_text, "where the tokenizer is, if not with the model"),
+    "dtype": (_text, "auto, float32, bfloat16 or float16"),
+    "device": (_text, "auto, cpu or cuda"),
+    "quantization": (_text, "int8 or int4"),
+    "load-format": (_text, "auto, safetensors or gguf"),
+    "max-model-len": (int, "most tokens of prompt and output together"),
+    "block-size": (int, f"tokens in a KV block: {', '.join(map(str, BLOCK_SIZES))}"),
+    "num-gpu-blocks-override": (int, "KV blocks, instead of as many as fit"),
+    "gpu-memory-utilization": (float, "part of the memory that the engine may fill"),
+    "swap-space": (float, "GiB of host memory for swapped sequences"),
+    "preemption-mode": (_text, "recompute or swap"),
+    "max-num-batched-tokens": (int, "the token budget of a step"),
+    "max-num-seqs": (int, "most sequences that run at once"),
+    "long-prefill-token-threshold": (int, "most tokens of one prompt in a step"),
+    "scheduling-policy": (_text, f"{', '.join(POLICIES)}, or a policy of the notebook"),
+    "max-logprobs": (int, "most logprobs that a request may ask for"),
+    "seed": (int, "of requests without one"),
+}
+_LOAD_SWITCHES = ("enable-prefix-caching", "enable-chunked-prefill")
+_LOAD_FLAGS = ("skip-tokenizer-init", "enforce-eager")
+
+
+def _load_options() -> list[Any]:
+    return [
+        argument("model", nargs="?", default=DEFAULT_MODEL, help=f"default {DEFAULT_MODEL}"),
+        *(argument(f"--{name}", type=kind, help=text) for name, (kind, text) in _LOAD.items()),
+        *(
+            argument(f"--{name}", action=argparse.BooleanOptionalAction, help="(default: on)")
+            for name in _LOAD_SWITCHES
+        ),
+        *(argument(f"--{name}", action="store_true", default=None) for name in _LOAD_FLAGS),
+    ]
+
+
+def _magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
+    """A magic whose method takes parsed arguments and the cell's body. An error of the user's shows
+    as its message alone; any other keeps its traceback."""
+
+    def decorate(method: Callable[..., Any]) -> Any:
+        @functools.wraps(method)
+        def run(self: NbengineMagics, line: str, cell: str | None = None) -> Any:
+            words = arg_split(line, strict=False)
+            if words and words[0] in ("-h", "--help"):
+                print(parser.format_help())
+                return None
+            try:
+                return method(self, parser.parse_args(words), cell)
+            except NbengineError as error:
+                raise UsageError(f"{type(error).__name__}: {error}") from error
+
+        for option in reversed((*options, _HELP)):
+            option(run)
+        magic_arguments()(run)
+        parser = run.parser  # type: ignore[attr-defined]  # set by magic_arguments
+        return kind(run)
+
+    return decorate
+
+
+# ---------------------------------------------------------------------- magics
+
+
+@magics_class
+class NbengineMagics(Magics):
+    """The magics of nbengine."""
+
+    # ------------------------------------------------------------------ the engine's life
+
+    @_magic(line_magic, *_load_options())
+    def nb_load(self, args: argparse.Namespace, _: str | None) -> LLM:
+        """Load a model. The notebook gets `llm` and `engine`; one loaded before is closed first.
+
+        Options are the fields of EngineConfig.
+        """
+        fields = {
+            name: value
+            for name, value in vars(args).items()
+            if name in EngineConfig.__dataclass_fields__ and value is not None
+        }
+        policy = fields.get("scheduling_policy")
+        if policy is not None and policy not in POLICIES and policy in self._names:
+            fields["scheduling_policy"] = self._names[policy]
+        config = EngineConfig(**fields)  # a mistake here leaves the old engine alone
+        if self._close_engine():
+            print("The engine that was loaded before has been closed.")
+        llm = LLM(**{name: getattr(config, name) for name in fields})
+        self.shell.push({"llm": llm, "engine": llm.engine})
+        return llm
+
+    @_magic(line_magic)
+    def nb_unload(self, args: argparse.Namespace, _: str | None) -> None:
+        """Close the engine: requests are aborted, its memory is given back, and the names `llm`,
+        `engine` and `conversation` are removed."""
+        if not self._close_engine():
+            raise UsageError("no engine is loaded")
+        print("The engine is closed, and its memory given back.")
+
+    def _close_engine(self) -> bool:
+        """Close what `engine` and `llm` name and remove the names; False if there was nothing."""
+        found = False
+        for name in ("engine", "llm"):
+            value = self._names.get(name)
+            engine = value.engine if isinstance(value, LLM) else value
+            if isinstance(engine, Engine):
+                found = found or not engine.is_closed
+                engine.close()
+                self.shell.drop_by_id({name: value})
+        self._names.pop("conversation", None)
+        return found
+
+    @property
+    def _names(self) -> dict[str, Any]:
+        return self.shell.user_ns
+
+    @property
+    def _engine(self) -> Engine:
+        """The notebook's engine."""
+        engine = self._names.get("engine")
+        if not isinstance(engine, Engine):
+            llm = self._names.get("llm")
+            engine = llm.engine if isinstance(llm, LLM) else None
+        if engine is None:
+            raise UsageError(f"no engine is loaded: run %nb_load {DEFAULT_MODEL} first")
+        if engine.is_closed:
+            raise UsageError(f"the engine was closed: run %nb_load {DEFAULT_MODEL} again")
+        return engine
+
+    # ------------------------------------------------------------------ generating
+
+    @_magic(line_cell_magic, *_sampling_options(), _PROMPT)
+    def nb_generate(self, args: argparse.Namespace, cell: str | None) -> None:
+        """Complete a prompt, showing the text while it comes. The RequestOutput is then in `_`.
+
+        The prompt is the cell's body, or the rest of the line. The stop button aborts this request
+        and no other.
+        """
+        self._stream(self._prompt(args, cell, "nb_generate"), args)
+
+    @_magic(
+        line_cell_magic,
+        argument("--reset", action="store_true", help="begin a new conversation"),
+        argument("--system", type=_text, help="the system message of a new conversation"),
+        *_sampling_options(),
+        _PROMPT,
+    )
+    def nb_chat(self, args: argparse.Namespace, cell: str | None) -> None:
+        """Say the next thing in a conversation, and show the answer while it comes.
+
+        The conversation is the list `conversation` in the notebook: read it, edit it, or begin
+        again with --reset. An interrupted turn is left out of it. The RequestOutput is in `_`.
+        """
+        engine = self._engine
+        if engine.tokenizer is None:
+            raise UsageError("this engine has no tokenizer (skip_tokenizer_init)")
+        kept = self._names.get("conversation")
+        is_new = args.reset or args.system is not None or not isinstance(kept, list)
+        conversation: list[Any] = [] if is_new else list(kept or ())
+        if args.system is not None:
+            conversation.append({"role": "system", "content": args.system})
+        said = " ".join(args.prompt) if cell is None else cell.strip()
+        if not said and is_new and (args.reset or args.system is not None):
+            self.shell.push({"conversation": conversation})
+            return
+        conversation.append({"role": "user", "content": self._said(said, "nb_chat")})
+        prompt = chat_prompt(engine.tokenizer, conversation, add_generation_prompt=True)
+        output = self._stream(prompt, args, show_prompt=False)
+        conversation.append({"role": "assistant", "content": output.outputs[0].text.strip()})
+        self.shell.push({"conversation": conversation})
+
+    @_magic(
+        line_cell_magic,
+        argument("--chat", action="store_true", help="through the model's chat template"),
+        argument("--each-line", action="store_true", help="every line of the body is a request"),
+        *_sampling_options(),
+        _PROMPT,
+    )
+    def nb_add(self, args: argparse.Namespace, cell: str | None) -> str | list[str]:
+        """Queue a request and return its id. Nothing is computed before the next step."""
+        engine = self._engine
+        text = self._prompt(args, cell, "nb_add")
+        texts = [line for line in text.splitlines() if line.strip()] if args.each_line else [text]
+        params = self._params(args)
+        prompts: list[Any] = list(texts)
+        if args.chat:
+            if engine.tokenizer is None:
+                raise UsageError("this engine has no tokenizer (skip_tokenizer_init)")
+            prompts = [
+                chat_prompt(
+                    engine.tokenizer,
+                    [{"role": "user", "content": text}],
+                    add_generation_prompt=True,
+                )
+                for text in texts
+            ]
+        ids = [
+            engine.add_request(prompt, params, priority=args.priority, request_id=args.request_id)
+            for prompt in prompts
+        ]
+        return ids if args.each_line else ids[0]
+
+    def _prompt(self, args: argparse.Namespace, cell: str | None, name: str) -> str:
+        return self._said(" ".join(args.prompt) if cell is None else cell.rstrip("\n"), name)
+
+    @staticmethod
+    def _said(text: str, name: str) -> str:
+        if not text.strip():
+            raise UsageError(f"there is no text: write it below %%{name}, or behind %{name}")
+        return text
+
+    def _params(self, args: argparse.Namespace) -> SamplingParams | BeamSearchParams:
+        if args.params is not None:
+            params = self._names.get(args.params)
+            if not isinstance(params, SamplingParams | BeamSearchParams):
+                raise UsageError(
+                    f"--params {args.params}: the notebook has no SamplingParams of that name"
+                )
+            return params
+        given = {name.replace("-", "_"): None for name in _SAMPLING}
+        fields = {name: value for name in given if (value := getattr(args, name)) is not None}
+        if args.stop:
+            fields["stop"] = args.stop
+        return SamplingParams(
+            **{"max_tokens": DEFAULT_MAX_TOKENS, "ignore_eos": args.ignore_eos} | fields
+        )
+
+    def _stream(self, prompt: Any, args: argparse.Namespace, show_prompt: bool = True) -> Any:
+        """Generate, show, and leave the output in `_`."""
+        params = self._params(args)
+        if not isinstance(params, SamplingParams):
+            raise UsageError("beam search has nothing to stream: use llm.beam_search(...)")
+        outputs: Iterator[Any] = self._engine.stream(
+            prompt, params, priority=args.priority, request_id=args.request_id
+        )
+        in_notebook = hasattr(self.shell, "kernel")
+        output = show_stream(outputs, in_notebook=in_notebook, show_prompt=show_prompt)
+        self.shell.displayhook.update_user_ns(output)
+        return output
+
+    # ------------------------------------------------------------------ stepping
+
+    @_magic(line_magic, argument("n", nargs="?", type=int, default=1, help="how many (default 1)"))
+    def nb_step(self, args: argparse.Namespace, _: str | None) -> Any:
+        """Take steps, and return the StepRecord (or several of them)."""
+        engine = self._engine
+        if not engine.has_work:
+            raise UsageError("there is nothing to compute: add a request with %nb_add")
+        record = engine.step()
+        records = [record]
+        while len(records) < args.n and engine.has_work:
+            records.append(engine.step())
+        return record if args.n == 1 else Steps(tuple(records))
+
+    @_magic(line_magic)
+    def nb_run(self, args: argparse.Namespace, _: str | None) -> None:
+        """Let the engine step in the background until %nb_pause. Returns at once."""
+        engine = self._engine
+        engine.start()
+        waiting = "" if engine.has_work else " It has no requests yet: %nb_add queues one."
+        print(f"Running in the background; %nb_pause stops it, %nb_dashboard shows it.{waiting}")
+
+    @_magic(line_magic)
+    def nb_pause(self, args: argparse.Namespace, _: str | None) -> None:
+        """Stop stepping in the background, after the current step. What is queued stays."""
+        engine = self._engine
+        engine.pause()
+        print(f"Paused after step {engine.scheduler.step_count}.")
+
+    @_magic(line_magic, argument("request_id", nargs="+", help="which"))
+    def nb_abort(self, args: argparse.Namespace, _: str | None) -> None:
+        """End requests now, and free all they hold."""
+        self._engine.abort(*args.request_id)
+
+    # ------------------------------------------------------------------ looking in
+
+    @_magic(line_magic)
+    def nb_status(self, args: argparse.Namespace, _: str | None) -> Snapshot:
+        """The queues and the block map: a Snapshot."""
+        engine = self._engine
+        if engine.error is not None:
+            print(f"The last background run failed: {type(engine.error).__name__}: {engine.error}")
+        return engine.snapshot()
+
+    @_magic(line_magic)
+    def nb_blocks(self, args: argparse.Namespace, _: str | None) -> BlockMap:
+        """The block map: which KV blocks are held (and by whom), shared, cached and free."""
+        return BlockMap(self._engine.snapshot())
+
+    @_magic(line_magic, argument("request_id", help="a request, or one of its samples (req-3#1)"))
+    def nb_why(self, args: argparse.Namespace, _: str | None) -> Explanation:
+        """Why a request waits, was preempted, got fewer tokens than it wanted, or missed the prefix
+        cache."""
+        return self._engine.why(args.request_id)
+
+    @_magic(
+        line_magic, argument("n", nargs="?", type=int, default=10, help="how many (default 10)")
+    )
+    def nb_history(self, args: argparse.Namespace, _: str | None) -> Steps:
+        """The latest steps: StepRecords, oldest first."""
+        return Steps(tuple(self._engine.history)[-max(args.n, 1) :])
+
+    @_magic(line_magic)
+    def nb_dashboard(self, args: argparse.Namespace, _: str | None) -> Dashboard:
+        """The live dashboard: controls, queues, block map and step log."""
+        return self._engine.dashboard()
+
+    # ------------------------------------------------------------------ completion
+
+    def complete(self, shell: Any, event: Any) -> list[str]:
+        """What may follow on a magic's line: its options, and names that it asks for."""
+        words = event.line[: len(event.line)].split()
+        name = words[0].lstrip("%")
+        method = self.shell.find_line_magic(name)
+        if method is None:
+            raise TryNext
+        before = (
+            words[-1]
+            if event.line.endswith(" ") or event.symbol == ""
+            else (words[-2:-1] or [""])[0]
+        )
+        if before in _VALUES:
+            return list(_VALUES[before])
+        parser = method.__func__.parser
+        options = [option for action in parser._actions for option in action.option_strings]
+        return [*options, *self._values(name)]
+
+    def _values(self, name: str) -> list[str]:
+        if name == "nb_load":
+            models = [DEFAULT_MODEL]
+            models += [str(path) for path in sorted(Path().glob("*.gguf"))]
+            models += [str(path.parent) for path in sorted(Path().glob("*/config.json"))]
+            return models
+        if name in ("nb_why", "nb_abort"):
+            engine = self._names.get("engine")
+            if isinstance(engine, Engine) and not engine.is_closed:
+                return list(engine.scheduler.live)
+        return []
+
+
+_VALUES: dict[str, tuple[str, ...]] = {
+    "--scheduling-policy": tuple(POLICIES),
+    "--dtype": ("auto", "float32", "bfloat16", "float16"),
+    "--device": ("auto", "cpu", "cuda"),
+    "--quantization": ("int8", "int4"),
+    "--load-format": ("auto", "safetensors", "gguf"),
+    "--preemption-mode": ("recompute", "swap"),
+    "--block-size": tuple(map(str, BLOCK_SIZES)),
+}
+"""What an option's value may be."""

@@ -1,0 +1,143 @@
+"""One decoder for the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2.
+
+`ModelConfig` says what varies (biases, norms on q and k, windows, rope); the code below is the
+same for all. It runs a flat batch of tokens of many sequences, writes their keys and values into
+the paged cache and attends through the block tables, so that a prefill chunk and a decode are the
+same thing. Rows meet nowhere but in attention, and there only within one sequence.
+
+T is the number of tokens in the batch, R of rows that need logits. Written for few operations: on
+a CPU each costs a microsecond or more whatever its size, and a step has some five hundred.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, silu
+
+from nbengine.execution.attention import paged_attention, write_kv
+from nbengine.execution.batch import Batch
+from nbengine.execution.kv_cache import KVCache
+from nbengine.models.config import ModelConfig
+from nbengine.models.linear import Linear
+
+
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), over the last dimension.
+
+    With n values, sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n * eps)) / sqrt(n): four operations,
+    computed in float32 whatever the dtype of x. `weight` may have leading dimensions of its own,
+    one set of weights per head.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        n = weight.shape[-1]
+        self.scaled_weight = weight.float() * math.sqrt(n)
+        self.floor = torch.tensor(math.sqrt(n * eps), dtype=torch.float32, device=weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(norm, self.floor)).mul_(self.scaled_weight).to(x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.scaled_weight.nbytes
+
+
+@dataclass(slots=True)
+class Layer:
+    """One transformer block's weights; q, k, v are one matrix, and so are gate and up."""
+
+    input_norm: RmsNorm
+    qkv: Linear  # [q_size + 2 * kv_size, hidden]
+    o: Linear  # [hidden, q_size]
+    post_attention_norm: RmsNorm
+    gate_up: Linear  # [2 * intermediate, hidden]
+    down: Linear  # [hidden, intermediate]
+    qk_norm: RmsNorm | None  # weight [num_heads + num_kv_heads, head_dim]
+    window: int | None
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.input_norm, self.qkv, self.o, self.post_attention_norm, self.gate_up)
+        qk_norm = self.qk_norm.nbytes if self.qk_norm else 0
+        return sum(part.nbytes for part in parts) + self.down.nbytes + qk_norm
+
+
+@dataclass(slots=True)
+class Decoder:
+    """The model: made by `nbengine.models.registry.load_model`, run by the `ModelRunner`."""
+
+    config: ModelConfig
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[Layer]
+    norm: RmsNorm
+    head: Linear  # [vocab, hidden]
+    rope: Tensor  # [max_positions, 2, head_dim], see rope_table
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of the KV cache."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def max_positions(self) -> int:
+        return self.rope.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights hold; an output head that is the embedding counts once."""
+        layers = sum(layer.nbytes for layer in self.layers)
+        head = 0 if self.head.shares(self.embedding) else self.head.nbytes
+        return self.embedding.nbytes + layers + self.norm.nbytes + head + self.rope.nbytes
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """The last layer's output `[T, hidden]`, and the batch's keys and values in the cache.
+
+        The final norm is left to `compute_logits`, which few of the rows need.
+        """
+        x = embedding(batch.token_ids, self.embedding)
+        cos_sin = self.rope[batch.positions].unsqueeze(2)  # [T, 2, 1, head_dim]
+        cos, sin = cos_sin[:, 0], cos_sin[:, 1]
+        for layer, k_cache, v_cache in zip(self.layers, kv_cache.k, kv_cache.v, strict=True):
+            x += self._attention(layer, x, cos, sin, batch, k_cache, v_cache)
+            gate, up = layer.gate_up(layer.post_attention_norm(x)).chunk(2, dim=-1)
+            x += layer.down(silu(gate).mul_(up))
+        return x
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden_rows: Tensor) -> Tensor:
+        """float32 `[R, vocab]` of rows `[R, hidden]` that `forward` returned."""
+        return self.head(self.norm(hidden_rows)).float()
+
+    def _attention(
+        self,
+        layer: Layer,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Batch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        config = self.config
+        num_rotated = config.num_heads + config.num_kv_heads
+        qkv = layer.qkv(layer.input_norm(x))
+        heads = qkv.view(-1, num_rotated + config.num_kv_heads, config.head_dim)
+        qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
+        if layer.qk_norm is not None:
+            qk = layer.qk_norm(qk)
+        qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, dims=-1), sin)
+        q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
+        write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        scale = config.head_dim**-0.5
+        out = paged_attention(q, k_cache, v_cache, batch, scale, window=layer.window)
+        return layer.o(out.reshape(-1, config.q_size))

@@ -1,0 +1,291 @@
+"""What a caller gets back, with vLLM's names, attributes and meanings; and `RequestState`, which
+gathers it while the request runs: text, logprobs, times.
+
+The engine's thread owns a `RequestState`; the outputs it makes are never changed afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nbengine.core.logprobs import Logprob
+from nbengine.core.request import LiveRequest, Sequence
+from nbengine.core.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from nbengine.detokenizer import IncrementalDetokenizer
+from nbengine.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    """Sum of the sampled tokens' logprobs; None unless logprobs were asked for."""
+    logprobs: list[dict[int, Logprob]] | None
+    """For each output token, its candidates by token id: the model's own log-probabilities, before
+    temperature, penalties and masks."""
+    finish_reason: str | None = None
+    """`stop`, `length`, `abort` or `error`; None while unfinished."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it, or the error's text."""
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds on the engine's monotonic clock."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from arrival to the first step that worked on it."""
+        return _difference(self.first_scheduled_time, self.arrival_time)
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, in seconds from arrival."""
+        return _difference(self.first_token_time, self.arrival_time)
+
+
+def _difference(later: float | None, earlier: float | None) -> float | None:
+    return None if later is None or earlier is None else later - earlier
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's outputs so far, or in the end."""
+
+    request_id: str
+    prompt: str | None
+    """None when the prompt was given as token ids."""
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    """For each prompt token (the first has None), if they were asked for."""
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    """Prompt tokens that were taken from the prefix cache."""
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td>{o.index}</td><td style='text-align:left;white-space:pre-wrap'>"
+            f"{escape(o.text)}</td><td>{len(o.token_ids)}</td>"
+            f"<td>{escape(str(o.finish_reason))}</td></tr>"
+            for o in self.outputs
+        )
+        return (
+            f"<b>{escape(self.request_id)}</b>: {len(self.prompt_token_ids)} prompt tokens, "
+            f"{self.num_cached_tokens} from the prefix cache"
+            "<table><tr><th>sample</th><th>text</th><th>tokens</th><th>finished</th></tr>"
+            f"{rows}</table>"
+        )
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One finished beam."""
+
+    tokens: list[int]
+    """Prompt and output tokens."""
+    text: str | None
+    """Prompt and output text, as in vLLM."""
+    cum_logprob: float
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The best beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(slots=True)
+class _Sample:
+    """One sequence's text and logprobs."""
+
+    sequence: Sequence
+    detokenizer: IncrementalDetokenizer | None
+    logprobs: list[dict[int, Logprob]] | None
+    cumulative_logprob: float = 0.0
+    num_tokens: int = 0
+    """Output tokens that the detokenizer has seen."""
+    num_delivered: int = 0
+    """Output tokens that a DELTA output has delivered."""
+
+
+Subscriber = Callable[["RequestOutput | BaseException"], None]
+
+
+@dataclass(slots=True)
+class RequestState:
+    """A request's outputs in the making."""
+
+    live: LiveRequest
+    prompt: str | None
+    tokenizer: Tokenizer | None
+    metrics: RequestMetrics
+    subscriber: Subscriber | None = None
+    """Gets each output, or the exception that ended the step it was computed in. Called on the
+    engine's thread: it must return at once and never raise."""
+    samples: dict[str, _Sample] = field(default_factory=dict)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def params(self) -> SamplingParams | BeamSearchParams:
+        return self.live.request.params
+
+    @property
+    def finished(self) -> bool:
+        return self.live.is_finished
+
+    @property
+    def wants_every_output(self) -> bool:
+        params = self.params
+        return (
+            isinstance(params, SamplingParams)
+            and params.output_kind is not RequestOutputKind.FINAL_ONLY
+        )
+
+    def text_of(self, seq: Sequence) -> str:
+        """A sequence's output text so far."""
+        if isinstance(self.params, BeamSearchParams) and self.tokenizer is not None:
+            return self.tokenizer.decode(seq.output_token_ids)
+        sample = self.samples.get(seq.seq_id)
+        return sample.detokenizer.text if sample and sample.detokenizer else ""
+
+    def update(self, seq: Sequence, logprobs: list[dict[int, Logprob]] | None) -> str | None:
+        """Take in the token that was just appended to `seq`; returns the stop string it completed,
+        if any."""
+        params = self.params
+        if isinstance(params, BeamSearchParams):
+            return None
+        sample = self.samples.get(seq.seq_id)
+        if sample is None:
+            sample = self.samples[seq.seq_id] = self._new_sample(seq, params)
+        token = seq.tokens[-1]
+        sample.num_tokens += 1
+        if logprobs and sample.logprobs is not None:
+            entry = logprobs[0]
+            if self.tokenizer is not None and params.detokenize:
+                entry = self._decoded(entry)
+            sample.logprobs.append(entry)
+            sample.cumulative_logprob += entry[token].logprob
+        if sample.detokenizer is None:
+            return None
+        ended_by_token = seq.finish_reason == "stop"
+        if params.include_stop_str_in_output or not ended_by_token:
+            sample.detokenizer.append(token)
+        stop = sample.detokenizer.finish() if seq.is_finished else sample.detokenizer.stop_string
+        # A stop token was there first; a length limit yields to a stop string in the last token.
+        return None if ended_by_token else stop
+
+    def _new_sample(self, seq: Sequence, params: SamplingParams) -> _Sample:
+        detokenizer = None
+        if self.tokenizer is not None and params.detokenize:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                stop=params.stop or (),
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+            )
+        return _Sample(seq, detokenizer, [] if params.logprobs is not None else None)
+
+    def take_prompt_logprobs(self, start: int, rows: list[dict[int, Logprob]]) -> None:
+        """Logprobs of the prompt tokens from position `start` on. What was computed before a
+        preemption is computed, and comes, again."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = [None]
+        del self.prompt_logprobs[start:]
+        decode = self.tokenizer is not None
+        self.prompt_logprobs += [self._decoded(r) if decode else r for r in rows]
+
+    def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        assert self.tokenizer is not None
+        return {
+            token: Logprob(lp.logprob, lp.rank, self.tokenizer.decode([token]))
+            for token, lp in entry.items()
+        }
+
+    def output(self) -> RequestOutput:
+        """The request as it stands: everything so far, or what is new since the last output for
+        DELTA requests."""
+        request, params = self.live.request, self.params
+        if isinstance(params, BeamSearchParams):
+            outputs = self._beam_outputs()
+        else:
+            is_delta = params.output_kind is RequestOutputKind.DELTA
+            outputs = [
+                self._completion(sample, is_delta)
+                for sample in sorted(self.samples.values(), key=lambda s: s.sequence.index)
+            ]
+        self.metrics.num_preemptions = sum(s.num_preemptions for s in self.live.sequences)
+        return RequestOutput(
+            request.request_id,
+            self.prompt,
+            list(request.prompt_token_ids),
+            self.prompt_logprobs,
+            outputs,
+            self.finished,
+            self.metrics,
+            self.live.sequences[0].num_cached_tokens if self.live.sequences else 0,
+        )
+
+    def _completion(self, sample: _Sample, is_delta: bool) -> CompletionOutput:
+        seq, detokenizer = sample.sequence, sample.detokenizer
+        tokens = seq.output_token_ids[: sample.num_tokens]
+        start = sample.num_delivered if is_delta else 0
+        sample.num_delivered = sample.num_tokens
+        text = ""
+        if detokenizer is not None:
+            if seq.is_finished:  # also by an abort, which no token tells
+                detokenizer.finish()
+            text = detokenizer.take_delta() if is_delta else detokenizer.text
+        return CompletionOutput(
+            seq.index,
+            text,
+            tokens[start:],
+            sample.cumulative_logprob if sample.logprobs is not None else None,
+            sample.logprobs[start:] if sample.logprobs is not None else None,
+            seq.finish_reason,
+            seq.stop_reason,
+        )
+
+    def _beam_outputs(self) -> list[CompletionOutput]:
+        def text(tokens: list[int]) -> str:
+            return "" if self.tokenizer is None else self.tokenizer.decode(tokens)
+
+        if self.finished:
+            return [
+                CompletionOutput(
+                    i, text(list(h.token_ids)), list(h.token_ids), h.cumulative_logprob, None,
+                    h.finish_reason, h.stop_reason,
+                )
+                for i, h in enumerate(self.live.hypotheses)
+            ]  # fmt: skip
+        beams = sorted(
+            (s for s in self.live.sequences if not s.is_finished),
+            key=lambda s: -s.cumulative_logprob,
+        )
+        return [
+            CompletionOutput(i, text(s.output_token_ids), s.output_token_ids,
+                             s.cumulative_logprob, None)
+            for i, s in enumerate(beams)
+        ]  # fmt: skip

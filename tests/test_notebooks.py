@@ -1,0 +1,62 @@
+"""Each notebook is a lesson that runs: it ships with the outputs of a whole run from the top, and
+runs again without an error, in a new kernel, against this tree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SECONDS_FOR_A_NOTEBOOK = 120
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def errors(notebook: nbformat.NotebookNode) -> list[str]:
+    """The error outputs, except those of cells that a notebook tags as raising on purpose."""
+    return [
+        f"{output.ename}: {output.evalue}"
+        for cell in code_cells(notebook)
+        if "raises-exception" not in cell.metadata.get("tags", [])
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
+
+
+@each_notebook
+def test_notebook_begins_with_its_title(path: Path) -> None:
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+
+
+@each_notebook
+def test_notebook_ships_with_the_outputs_of_one_run_from_the_top(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert errors(notebook) == []
+
+
+@each_notebook
+@pytest.mark.timeout(SECONDS_FOR_A_NOTEBOOK)
+def test_notebook_runs_from_top_to_bottom(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=SECONDS_FOR_A_NOTEBOOK,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert errors(notebook) == []
