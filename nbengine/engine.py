@@ -51,7 +51,6 @@ Prompt = str | Seq[int] | Mapping[str, Any]
 `cache_salt`."""
 
 Params = SamplingParams | BeamSearchParams
-T = TypeVar("T")
 
 MAX_SALT_LENGTH = 128
 MAX_FINISHED_KEPT = 1000
@@ -519,8 +518,7 @@ class Engine:
 
         def end(begun: Future[str]) -> None:
             if not begun.cancelled() and begun.exception() is None:
-                name = begun.result()
-                self._thread.submit(lambda: (self._abort_now([name]), self._add_driver(-1)))
+                self._thread.submit(lambda: self._end_stream(begun.result()))
 
         future = self.submit(begin)
         try:
@@ -534,6 +532,10 @@ class Engine:
                     return
         finally:  # also when the task is cancelled before the request was queued
             future.add_done_callback(end)
+
+    def _end_stream(self, name: str) -> None:
+        self._abort_now([name])
+        self._add_driver(-1)
 
     def abort_unfinished(self, names: Seq[str]) -> None:
         """`abort`, for clean-up: unknown ids and a closed engine are no error."""

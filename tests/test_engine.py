@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from nbengine import Engine, SamplingParams
+from nbengine import BeamSearchParams, Engine, SamplingParams
 from nbengine.errors import (
     EngineClosed,
     InvalidField,
@@ -183,6 +183,35 @@ class TestSampling:
                 assert a.keys() == b.keys()
                 for token in a:
                     assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4)
+
+
+class TestBeams:
+    def plain_search(self, engine, prompt, width, length):
+        """Beams in a list, their candidates from logprobs, one request a beam and token."""
+        one = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * width, ignore_eos=True)
+        beams = [([], 0.0)]
+        for _ in range(length):
+            grown = []
+            for tokens_so_far, total in beams:
+                name = engine.add_request(prompt + tokens_so_far, one)
+                engine.run()
+                (entry,) = engine.output(name).outputs[0].logprobs
+                grown += [([*tokens_so_far, t], total + lp.logprob) for t, lp in entry.items()]
+            beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+        return beams
+
+    @pytest.mark.parametrize("num_blocks", [64, 7])
+    def test_beam_search_equals_a_plain_one(self, make, num_blocks):
+        expected = self.plain_search(make(), PROMPTS[3], 3, 12)
+        engine = make(num_gpu_blocks_override=num_blocks, max_model_len=64)
+        params = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
+        name = engine.add_request(PROMPTS[3], params)
+        engine.run()
+        beams = engine.output(name).outputs
+        assert [b.token_ids for b in beams] == [tokens for tokens, _ in expected]
+        for beam, (_, total) in zip(beams, expected, strict=True):
+            assert beam.cumulative_logprob == pytest.approx(total, abs=1e-3)
+        assert engine.scheduler.pool.num_held == 0
 
 
 class TestStopping:
