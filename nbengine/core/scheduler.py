@@ -227,6 +227,7 @@ class Scheduler:
         config, running, journal = self.config, self.running, self._journal
         size = config.block_size
         ref_counts = self.pool.ref_counts
+        scheduled, amounts = plan.scheduled, journal.scheduled
         budget = config.max_num_batched_tokens
         spoken_for = 0
         i = 0
@@ -254,8 +255,8 @@ class Scheduler:
             needs_room = (computed + n - 1) // size >= len(table)
             if (needs_room or ref_counts[table[first]] > 1) and not self._make_room(plan, seq, n):
                 break  # it was preempted, and with it all behind it
-            plan.scheduled.append((seq, n))
-            journal.scheduled[seq.seq_id] = n
+            scheduled.append((seq, n))
+            amounts[seq.seq_id] = n
             budget -= n
         return budget, spoken_for
 
