@@ -163,10 +163,10 @@ class LLM:
         """`stream`, for `async for`."""
         return self.engine.astream(self._prompt_or_chat(prompt), sampling_params, **options)
 
-    def _prompt_or_chat(self, prompt: Prompt | Seq[Message]) -> Prompt:
+    def _prompt_or_chat(self, prompt: Any) -> Prompt:
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            return self._render(prompt)  # type: ignore[arg-type]  # as just seen
-        return prompt  # type: ignore[return-value]  # likewise
+            return self._render(prompt)
+        return prompt
 
     def _run(
         self, prompts: list[Prompt], params: Seq[Params], priorities: Seq[int], use_tqdm: bool

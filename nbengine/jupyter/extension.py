@@ -286,9 +286,7 @@ class NbengineMagics(Magics):
                 for text in texts
             ]
         ids = [
-            engine.add_request(
-                prompt, params, priority=args.priority, request_id=args.request_id
-            )
+            engine.add_request(prompt, params, priority=args.priority, request_id=args.request_id)
             for prompt in prompts
         ]
         return ids if args.each_line else ids[0]
@@ -306,7 +304,9 @@ class NbengineMagics(Magics):
         if args.params is not None:
             params = self._names.get(args.params)
             if not isinstance(params, SamplingParams | BeamSearchParams):
-                raise UsageError(f"--params {args.params}: the notebook has no SamplingParams of that name")
+                raise UsageError(
+                    f"--params {args.params}: the notebook has no SamplingParams of that name"
+                )
             return params
         given = {name.replace("-", "_"): None for name in _SAMPLING}
         fields = {name: value for name in given if (value := getattr(args, name)) is not None}
@@ -405,7 +405,11 @@ class NbengineMagics(Magics):
         method = self.shell.find_line_magic(name)
         if method is None:
             raise TryNext
-        before = words[-1] if event.line.endswith(" ") or event.symbol == "" else (words[-2:-1] or [""])[0]
+        before = (
+            words[-1]
+            if event.line.endswith(" ") or event.symbol == ""
+            else (words[-2:-1] or [""])[0]
+        )
         if before in _VALUES:
             return list(_VALUES[before])
         parser = method.__func__.parser

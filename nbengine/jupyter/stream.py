@@ -55,7 +55,10 @@ class _NotebookScreen:
     def finish(self, output: RequestOutput) -> None:
         from IPython.display import display
 
-        bundle = {"text/plain": output_text(output), "text/html": output_html(output, show_prompt=self.show_prompt)}
+        bundle = {
+            "text/plain": output_text(output),
+            "text/html": output_html(output, show_prompt=self.show_prompt),
+        }
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
         else:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.browser.lab import CHROMIUM_ARGUMENTS, Lab, find_chromium
 
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium."""
