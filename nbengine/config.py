@@ -99,6 +99,11 @@ class EngineConfig:
             check(name, allowed.__contains__, f"must be one of {allowed}")
         make_policy(self.scheduling_policy)
 
+    def _repr_html_(self) -> str:
+        from nbengine.jupyter.views import fields_html
+
+        return fields_html("EngineConfig", self)
+
     def resolve(self, max_model_len: int, num_blocks: int) -> EngineConfig:
         """This config with the two numbers that the model and the memory decide.
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbengine.config import EngineConfig
 from nbengine.core.history import History
+from nbengine.core.logprobs import Logprob
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
@@ -51,7 +52,6 @@ Prompt = str | Seq[int] | Mapping[str, Any]
 `cache_salt`."""
 
 Params = SamplingParams | BeamSearchParams
-T = TypeVar("T")
 
 MAX_SALT_LENGTH = 128
 MAX_FINISHED_KEPT = 1000
@@ -194,7 +194,7 @@ class Engine:
         for seq in advanced:
             state = self._states[seq.request.request_id]
             try:
-                stop = state.update(seq, output.logprobs.get(seq.seq_id))
+                stop = state.update(seq, _logprobs_of(seq, output))
             except Exception as error:  # one sequence's text must not end the others
                 self.scheduler.finish(seq, "error", f"{type(error).__name__}: {error}")
                 continue
@@ -519,8 +519,7 @@ class Engine:
 
         def end(begun: Future[str]) -> None:
             if not begun.cancelled() and begun.exception() is None:
-                name = begun.result()
-                self._thread.submit(lambda: (self._abort_now([name]), self._add_driver(-1)))
+                self._thread.submit(lambda: self._end_stream(begun.result()))
 
         future = self.submit(begin)
         try:
@@ -534,6 +533,10 @@ class Engine:
                     return
         finally:  # also when the task is cancelled before the request was queued
             future.add_done_callback(end)
+
+    def _end_stream(self, name: str) -> None:
+        self._abort_now([name])
+        self._add_driver(-1)
 
     def abort_unfinished(self, names: Seq[str]) -> None:
         """`abort`, for clean-up: unknown ids and a closed engine are no error."""
@@ -658,6 +661,17 @@ class Engine:
             f"Engine({self.config.model}, step {s.step_count}, {len(s.running)} running, "
             f"{len(s.waiting)} waiting, {s.pool.num_held}/{s.pool.num_blocks} blocks held)"
         )
+
+
+def _logprobs_of(seq: Sequence, output: StepOutput) -> dict[int, Logprob] | None:
+    """Of the token that `seq` just got. Samples that have just been forked were all drawn from
+    the row of the first, whose id is the request's."""
+    rows = output.logprobs.get(seq.seq_id)
+    if rows is None:
+        rows = output.logprobs.get(seq.request.request_id)
+    if rows is None:
+        return None
+    return rows[seq.index if len(rows) > 1 else 0]
 
 
 def _checked_salt(salt: object) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbengine.core.logprobs import Logprob
 from nbengine.core.request import LiveRequest, Sequence
@@ -79,21 +80,15 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens that were taken from the prefix cache."""
 
-    def _repr_html_(self) -> str:
-        from html import escape
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from nbengine.jupyter.views import output_text
 
-        rows = "".join(
-            f"<tr><td>{o.index}</td><td style='text-align:left;white-space:pre-wrap'>"
-            f"{escape(o.text)}</td><td>{len(o.token_ids)}</td>"
-            f"<td>{escape(str(o.finish_reason))}</td></tr>"
-            for o in self.outputs
-        )
-        return (
-            f"<b>{escape(self.request_id)}</b>: {len(self.prompt_token_ids)} prompt tokens, "
-            f"{self.num_cached_tokens} from the prefix cache"
-            "<table><tr><th>sample</th><th>text</th><th>tokens</th><th>finished</th></tr>"
-            f"{rows}</table>"
-        )
+        printer.text(output_text(self))
+
+    def _repr_html_(self) -> str:
+        from nbengine.jupyter.views import output_html
+
+        return output_html(self)
 
 
 @dataclass(slots=True)
@@ -170,7 +165,7 @@ class RequestState:
         sample = self.samples.get(seq.seq_id)
         return sample.detokenizer.text if sample and sample.detokenizer else ""
 
-    def update(self, seq: Sequence, logprobs: list[dict[int, Logprob]] | None) -> str | None:
+    def update(self, seq: Sequence, entry: dict[int, Logprob] | None) -> str | None:
         """Take in the token that was just appended to `seq`; returns the stop string it completed,
         if any."""
         params = self.params
@@ -181,8 +176,7 @@ class RequestState:
             sample = self.samples[seq.seq_id] = self._new_sample(seq, params)
         token = seq.tokens[-1]
         sample.num_tokens += 1
-        if logprobs and sample.logprobs is not None:
-            entry = logprobs[0]
+        if entry is not None and sample.logprobs is not None:
             if self.tokenizer is not None and params.detokenize:
                 entry = self._decoded(entry)
             sample.logprobs.append(entry)

@@ -4,13 +4,14 @@ in a failed step, nobody harmed by a bad request."""
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 import time
 import weakref
 
 import pytest
 
-from nbengine import Engine, SamplingParams
+from nbengine import LLM, BeamSearchParams, Engine, SamplingParams
 from nbengine.errors import (
     EngineClosed,
     InvalidField,
@@ -169,6 +170,14 @@ class TestSampling:
         for i, entry in enumerate(out.prompt_logprobs[1:], start=1):
             assert entry[ids[i]].logprob == pytest.approx(reference[i - 1][ids[i]].item(), abs=1e-3)
 
+    def test_each_sample_has_the_logprobs_of_its_own_tokens(self, make):
+        engine = make()
+        params = self.SEEDED.clone(n=3, logprobs=0, max_tokens=4)
+        name = engine.add_request(PROMPTS[1], params)
+        engine.run()
+        for sample in engine.output(name).outputs:
+            assert [list(entry) for entry in sample.logprobs] == [[t] for t in sample.token_ids]
+
     def test_prompt_logprobs_are_whole_despite_prefix_hits_and_chunks(self, make):
         params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0)
         plain, chunked = make(), make(max_num_batched_tokens=9)
@@ -183,6 +192,35 @@ class TestSampling:
                 assert a.keys() == b.keys()
                 for token in a:
                     assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4)
+
+
+class TestBeams:
+    def plain_search(self, engine, prompt, width, length):
+        """Beams in a list, their candidates from logprobs, one request a beam and token."""
+        one = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * width, ignore_eos=True)
+        beams = [([], 0.0)]
+        for _ in range(length):
+            grown = []
+            for tokens_so_far, total in beams:
+                name = engine.add_request(prompt + tokens_so_far, one)
+                engine.run()
+                (entry,) = engine.output(name).outputs[0].logprobs
+                grown += [([*tokens_so_far, t], total + lp.logprob) for t, lp in entry.items()]
+            beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+        return beams
+
+    @pytest.mark.parametrize("num_blocks", [64, 7])
+    def test_beam_search_equals_a_plain_one(self, make, num_blocks):
+        expected = self.plain_search(make(), PROMPTS[3], 3, 12)
+        engine = make(num_gpu_blocks_override=num_blocks, max_model_len=64)
+        params = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
+        name = engine.add_request(PROMPTS[3], params)
+        engine.run()
+        beams = engine.output(name).outputs
+        assert [b.token_ids for b in beams] == [tokens for tokens, _ in expected]
+        for beam, (_, total) in zip(beams, expected, strict=True):
+            assert beam.cumulative_logprob == pytest.approx(total, abs=1e-3)
+        assert engine.scheduler.pool.num_held == 0
 
 
 class TestStopping:
@@ -368,6 +406,36 @@ class TestLife:
         assert tokens(engine, [names[1], names[3]]) == [expected[1], expected[3]]
         with pytest.raises(UnknownRequest):
             engine.abort("nobody")
+
+    def test_ctrl_c_aborts_that_calls_requests_and_the_engine_goes_on(
+        self, make, expected, monkeypatch
+    ):
+        llm = LLM.__new__(LLM)
+        llm.engine = engine = make()
+        other = engine.add_request(PROMPTS[0], GREEDY)
+        forward = type(engine._runner.decoder).forward
+        begun = threading.Event()
+
+        def slowly(self, *args):
+            begun.set()
+            time.sleep(0.02)
+            return forward(self, *args)
+
+        monkeypatch.setattr(type(engine._runner.decoder), "forward", slowly)
+
+        def press():
+            begun.wait(30)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS[1:3], GREEDY.clone(max_tokens=150), use_tqdm=False)
+        snapshot = engine.snapshot()
+        live = {s.request_id for s in (*snapshot.running, *snapshot.waiting)}
+        assert live <= {other}
+        monkeypatch.undo()
+        assert [[o.token_ids for o in r.outputs] for r in llm.generate(PROMPTS, GREEDY)] == expected
+        assert tokens(engine, [other]) == [expected[0]]
 
     def test_leaving_a_stream_aborts_it(self, make):
         engine = make()

@@ -55,3 +55,8 @@ class History:
             f"History(steps {self._records[0].step} to {self._records[-1].step}, "
             f"{self.nbytes / 1024:.0f} KiB)"
         )
+
+    def _repr_html_(self) -> str:
+        from nbengine.jupyter.views import history_html
+
+        return history_html(self)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nbengine.core.prefix_cache import PrefixLookup
 from nbengine.core.request import Sequence
@@ -238,11 +238,13 @@ class StepRecord:
             parts.append(f"taken back: {self.error}")
         return "; ".join(parts)
 
-    def _repr_html_(self) -> str:
-        from html import escape
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
 
-        head, *rest = str(self).split("; ")
-        return f"<b>{escape(head)}</b><br>" + "<br>".join(escape(line) for line in rest)
+    def _repr_html_(self) -> str:
+        from nbengine.jupyter.views import record_html
+
+        return record_html(self)
 
 
 @dataclass(slots=True)

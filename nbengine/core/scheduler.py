@@ -488,7 +488,6 @@ class Scheduler:
         sampled = self._journal.sampled
         beams: dict[str, LiveRequest] = {}
         advanced: list[Sequence] = []
-        nothing: list[int] = []
         for seq, n in self._plan.scheduled:
             if seq.status is not running:
                 continue  # it ended with a sibling beam that failed
@@ -505,7 +504,7 @@ class Scheduler:
                 seq.candidates = candidates[seq_id]
                 beams[seq.request.request_id] = self.live[seq.request.request_id]
                 continue
-            tokens = samples.get(seq_id, nothing)
+            tokens = samples.get(seq_id, [])
             if len(tokens) != 1 + seq.pending_forks:
                 self._fail(seq, f"the executor returned {len(tokens)} tokens for this sequence")
                 continue

@@ -35,9 +35,9 @@ class SequenceView:
         return self.num_tokens - self.num_prompt_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Snapshot:
-    """Queues and blocks after step `step`."""
+    """Queues and blocks after step `step`. It shows itself as a table and a block map."""
 
     step: int
     policy: str
@@ -72,6 +72,16 @@ class Snapshot:
             for block in seq.block_table:
                 result.setdefault(block, []).append(seq.seq_id)
         return result
+
+    def __repr__(self) -> str:
+        from nbengine.jupyter.views import snapshot_text
+
+        return snapshot_text(self)
+
+    def _repr_html_(self) -> str:
+        from nbengine.jupyter.views import snapshot_html
+
+        return snapshot_html(self)
 
 
 def take_snapshot(scheduler: Scheduler, text_of: Callable[[Sequence], str]) -> Snapshot:

@@ -127,8 +127,10 @@ def block_map_text(snapshot: Snapshot) -> str:
     lines = [counts_line(snapshot)]
     if per_cell > 1:
         lines.append(f"(one character stands for {per_cell} blocks)")
-    for start in range(0, len(chars), _COLUMNS):
-        lines.append(f"{start * per_cell:>{width}}  {chars[start : start + _COLUMNS]}")
+    lines += [
+        f"{start * per_cell:>{width}}  {chars[start : start + _COLUMNS]}"
+        for start in range(0, len(chars), _COLUMNS)
+    ]
     key = [f"{letter} {seq_id}" for seq_id, letter in letters.items()]
     lines.append(" ".join([" " * width, *key[:16], *(["..."] if len(key) > 16 else [])]))
     lines.append(" " * width + "  + shared   = cached   . free")

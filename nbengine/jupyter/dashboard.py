@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import traceback
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
 from nbengine.core.sampling_params import SamplingParams
 from nbengine.engine import Engine
-from nbengine.errors import EngineClosed, InvalidField, NbengineError
-from nbengine.jupyter.frame import Frame, gather
+from nbengine.errors import EngineClosed, InvalidField, InvalidRequest, NbengineError
+from nbengine.jupyter.frame import Frame, Notice, gather
 from nbengine.jupyter.publisher import Publisher
 from nbengine.jupyter.views import snapshot_html, snapshot_text, steps_html, steps_text
 from nbengine.llm import chat_prompt
@@ -51,7 +50,7 @@ class Dashboard:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
-        self._notice: dict[str, str] | None = None
+        self._notice: Notice | None = None
         self._explanation: dict[str, str] | None = None
         self._num_answered = 0
         self._last: Frame | None = None
@@ -69,13 +68,10 @@ class Dashboard:
     def _show(self, frame: Frame, seq: int) -> None:
         """On the publisher's thread."""
         self._last = frame
-        error = frame.error
-        notice = self._notice
-        if error is not None and notice is None:
-            notice = _notice_of(error, "The background run stopped: ")
+        notice = self._notice or frame.failure
         state = frame.state() | {
             "seq": seq,
-            "notice": notice,
+            "notice": notice and asdict(notice),
             "explanation": self._explanation,
             "num_answered": self._num_answered,
         }
@@ -126,49 +122,47 @@ class Dashboard:
             return
         self._notice = None
         try:
-            future = command(self, engine, message)
-        except NbengineError as error:
+            self._submit(engine, command(self, engine, message))
+        except NbengineError as error:  # a bad field: nothing was queued
             self._answer(error)
-        else:
-            future.add_done_callback(lambda done: self._answer(done.exception()))
+
+    def _submit(self, engine: Engine, command: Callable[[], Any]) -> None:
+        engine.submit(command).add_done_callback(lambda done: self._answer(done.exception()))
 
     def _answer(self, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, EngineClosed):
-            self._notice = _notice_of(error)
+            self._notice = Notice.of(error)
         self._num_answered += 1
         if self._publisher is not None:
             self._publisher.wake(stale=True)
 
-    def _step(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+    def _step(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
         n = message.get("n", 1)
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1000:
             raise InvalidField("n", n, "must be an integer from 1 to 1000")
         if not engine.has_work:
-            raise NothingToDo("There is nothing to compute: add a request first.")
-        return engine.submit(lambda: self._take_steps(engine, n))
+            raise InvalidRequest("there is nothing to compute: add a request first")
+        return lambda: self._take_steps(engine, n)
 
     def _take_steps(self, engine: Engine, n: int) -> None:
-        """One step, and the rest as new commands: what others ask for gets its turn between."""
+        """One step, and the rest as a new command: what others ask for gets its turn between."""
         if engine.has_work and not engine.is_closed:
             engine.step()
             if n > 1:
-                rest = engine.submit(lambda: self._take_steps(engine, n - 1))
-                rest.add_done_callback(
-                    lambda done: done.exception() and self._answer(done.exception())
-                )
+                self._submit(engine, lambda: self._take_steps(engine, n - 1))
 
-    def _run(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
-        return engine.submit(engine.start)
+    def _run(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
+        return engine.start
 
-    def _pause(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
-        return engine.submit(engine.pause)
+    def _pause(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
+        return engine.pause
 
-    def _add(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+    def _add(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
         prompt = message.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise InvalidField("prompt", prompt, "type a prompt first")
         params = SamplingParams(
-            max_tokens=message.get("max_tokens", 64), temperature=message.get("temperature", 1.0)
+            max_tokens=message.get("max_tokens"), temperature=message.get("temperature", 1.0)
         )
         as_chat = message.get("chat") is True and engine.tokenizer is not None
 
@@ -177,22 +171,21 @@ class Dashboard:
                 return engine.add_request(prompt, params)
             assert engine.tokenizer is not None
             turn = [{"role": "user", "content": prompt}]
-            templated = chat_prompt(engine.tokenizer, turn, add_generation_prompt=True)
-            return engine.add_request(templated, params)
+            return engine.add_request(chat_prompt(engine.tokenizer, turn), params)
 
-        return engine.submit(add)
+        return add
 
-    def _abort(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+    def _abort(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
         name = str(message.get("id"))
-        return engine.submit(lambda: engine.abort(name))
+        return lambda: engine.abort(name)
 
-    def _why(self, engine: Engine, message: dict[str, Any]) -> Future[Any]:
+    def _why(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
         name = str(message.get("id"))
 
         def explain() -> None:
             self._explanation = {"id": name, "text": str(engine.why(name))}
 
-        return engine.submit(explain)
+        return explain
 
     # ------------------------------------------------------------------ still forms
 
@@ -240,11 +233,7 @@ class Dashboard:
             self._displays.append(handle)
 
 
-class NothingToDo(NbengineError):
-    """A step was asked for with no request in the engine."""
-
-
-_COMMANDS: dict[str, Callable[[Dashboard, Engine, dict[str, Any]], Future[Any]]] = {
+_COMMANDS: dict[str, Callable[[Dashboard, Engine, dict[str, Any]], Callable[[], Any]]] = {
     "step": Dashboard._step,
     "run": Dashboard._run,
     "pause": Dashboard._pause,
@@ -252,15 +241,6 @@ _COMMANDS: dict[str, Callable[[Dashboard, Engine, dict[str, Any]], Future[Any]]]
     "abort": Dashboard._abort,
     "why": Dashboard._why,
 }
-
-
-def _notice_of(error: BaseException, prefix: str = "") -> dict[str, str]:
-    """What the page shows of an error: one line for the user's own, with the traceback for one of
-    the program's."""
-    if isinstance(error, NbengineError):
-        return {"text": f"{prefix}{error}", "detail": ""}
-    detail = "".join(traceback.format_exception(error))
-    return {"text": f"{prefix}{type(error).__name__}: {error}", "detail": detail}
 
 
 def _make_widget() -> Any:

@@ -8,6 +8,7 @@ the next one.
 
 from __future__ import annotations
 
+import traceback
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,18 +18,35 @@ from nbengine.core.records import StepRecord, Wait
 from nbengine.core.request import Status
 from nbengine.core.snapshot import SequenceView, Snapshot
 from nbengine.engine import Engine
-from nbengine.errors import UnknownRequest
+from nbengine.errors import EngineClosed, NbengineError, UnknownRequest
 from nbengine.jupyter.block_map import colour_index
 from nbengine.jupyter.views import budget_parts, events_of, tail, why_it_waits
 from nbengine.outputs import RequestOutput
 
 MAX_SEQUENCES = 100
 """Rows of the queue table; the block map knows all."""
-MAX_LOG = 40
+MAX_LOG = 30
 MAX_FINISHED = 6
 TEXT_TAIL = 170
 SPEED_WINDOW = 2.0
 """Seconds over which tokens per second are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What a page shows of an error. Text, because an exception's traceback would keep the engine
+    alive."""
+
+    text: str
+    detail: str = ""
+    """The traceback, where it is the program's error and not the user's."""
+
+    @classmethod
+    def of(cls, error: BaseException, prefix: str = "") -> Notice:
+        if isinstance(error, NbengineError):
+            return cls(f"{prefix}{error}")
+        detail = "".join(traceback.format_exception(error))
+        return cls(f"{prefix}{type(error).__name__}: {error}", detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +55,8 @@ class Frame:
 
     snapshot: Snapshot
     is_running: bool
-    error: BaseException | None
+    failure: Notice | None
+    """What ended the last background run."""
     records: tuple[StepRecord, ...]
     """The latest steps, newest first."""
     tokens_per_second: float
@@ -141,7 +160,7 @@ def _step(record: StepRecord) -> dict[str, Any]:
         "step": record.step,
         "budget": record.token_budget,
         "num_tokens": record.num_tokens,
-        "parts": [[colour_index(n) if n else -1, k, n] for n, k in budget_parts(record, 24)],
+        "parts": [[colour_index(n) if n else -1, k, n] for n, k in budget_parts(record, 16)],
         "events": events_of(record),
         "ms": round(1e3 * record.phases.total, 1),
         "failed": record.error is not None,
@@ -154,7 +173,13 @@ def gather(engine: Engine, before: Frame | None = None) -> Frame:
     Raises:
         EngineClosed
     """
-    return engine.submit(lambda: _gather(engine, before)).result()
+    future = engine.submit(lambda: _gather(engine, before))
+    while True:
+        try:
+            return future.result(timeout=0.5)
+        except TimeoutError:  # a long step, or an engine that was closed before it came to this
+            if engine.is_closed and future.cancel():
+                raise EngineClosed("the engine was closed") from None
 
 
 def _gather(engine: Engine, before: Frame | None) -> Frame:
@@ -177,7 +202,7 @@ def _gather(engine: Engine, before: Frame | None) -> Frame:
     return Frame(
         snapshot,
         engine.is_running,
-        engine.error,
+        None if engine.error is None else Notice.of(engine.error, "The background run stopped. "),
         records,
         _tokens_per_second(engine),
         tuple(finished[:MAX_FINISHED]),

@@ -24,7 +24,7 @@ from nbengine.jupyter.block_map import (
 if TYPE_CHECKING:
     from nbengine.core.history import History
     from nbengine.engine import Engine
-    from nbengine.outputs import RequestOutput
+    from nbengine.outputs import CompletionOutput, RequestOutput
 
 TEXT_TAIL = 60
 """Characters of a sequence's text that a row of a table shows."""
@@ -262,7 +262,8 @@ def output_html(output: RequestOutput, show_prompt: bool = True) -> str:
     if show_prompt and output.prompt is not None and len(output.outputs) <= 1:
         prompt = f"<span style='opacity:.65'>{escape(output.prompt)}</span>"
     blocks = []
-    for sample in output.outputs or [None]:
+    samples: list[CompletionOutput | None] = [*output.outputs]
+    for sample in samples or [None]:  # nothing yet: the prompt alone
         text = prompt + (escape(sample.text) if sample else "")
         label = f"<b>{sample.index}</b> " if sample and len(output.outputs) > 1 else ""
         blocks.append(

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
+import zlib
 from typing import Any
+
+import tokenizers
 
 from nbengine.config import EngineConfig
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.scheduler import Scheduler
 from nbengine.engine import Engine
+from nbengine.tokenizer import Tokenizer
 from tests.core.conftest import FakeExecutor
 
 WORDS = [
@@ -52,19 +55,22 @@ WORDS = [
     "here",
 ]
 VOCAB_SIZE = 1 << 17
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
-class WordTokenizer:
-    """A token is a word; any id decodes to one of `WORDS`."""
+class WordTokenizer(Tokenizer):
+    """A token is a word: those of `WORDS` have text, any other word of a prompt has an id only."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [100 + sum(map(ord, word)) for word in text.split()]
+    def __init__(self) -> None:
+        vocabulary = {word: token for token, word in enumerate(dict.fromkeys(WORDS))}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="the"))
+        super().__init__(backend, chat_template=CHAT_TEMPLATE)
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(" " + WORDS[token % len(WORDS)] for token in token_ids)
-
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        return "".join(f"<{m['role']}> {m['content']} </s> " for m in messages) + "<assistant>"
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1000 + zlib.crc32(word.encode()) % 100_000 for word in text.split()]
 
 
 class ScriptedRunner(FakeExecutor):
@@ -77,17 +83,21 @@ class ScriptedRunner(FakeExecutor):
         self.gate.set()
         self.error: Exception | None = None
 
-    def prepare(self, plan: StepPlan) -> None:
-        return None
+    def prepare(self, plan: StepPlan) -> StepPlan:
+        return plan
 
-    def execute_batch(self, plan: StepPlan, batch: None) -> StepOutput:
+    def compute(self, plan: StepPlan) -> StepOutput:
         self.gate.wait(30)
         if self.seconds_per_step:
             time.sleep(self.seconds_per_step)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        return self.execute(plan)
+        output = self.execute(plan)
+        num_words = len(set(WORDS))
+        for seq_id, tokens in output.samples.items():
+            output.samples[seq_id] = [token % num_words for token in tokens]
+        return output
 
     def close(self) -> None:
         self.gate.set()
@@ -105,7 +115,7 @@ class ScriptedEngine(Engine):
             config.max_model_len or 2048, config.num_gpu_blocks_override or 64
         )
         self.tokenizer: Any = WordTokenizer()
-        self.memory: Any = SimpleNamespace()
+        self.memory: Any = "memory: none, for there is no model"
         self.vocab_size = VOCAB_SIZE
         self._eos_token_ids = frozenset()
         self.scheduler = Scheduler(

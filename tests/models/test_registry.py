@@ -158,7 +158,6 @@ def test_the_dtype_follows_device_and_quantization():
     }
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert resolve_dtype("auto", saved["bfloat16"], None, cpu) is torch.float32
-    assert resolve_dtype("auto", saved["float16"], "int4", cpu) is torch.bfloat16
     assert resolve_dtype("auto", saved["float16"], None, cuda) is torch.float16
     assert resolve_dtype("auto", saved["float32"], None, cuda) is torch.bfloat16
     assert resolve_dtype("half", saved[None], None, cpu) is torch.float16
