@@ -1,0 +1,352 @@
+// CPU kernels of the decode step: matrices in 8 and 4 bits, float32 matrices with few rows of
+// input, and attention of single query rows through block tables. A plain C interface, compiled by
+// build.py for the machine it runs on and called by models/linear.py and execution/attention.py.
+//
+// The trick of the quantised matrices: a row of input becomes 16-bit integers with one scale for
+// each 32 of its own values (15 significant bits against bfloat16's 8), so that products are exact
+// integer sums, two to an instruction and lane, and a weight costs one shift and one mask to
+// unpack. Sums over 32 values fit 32 bits: 32 * 2^15 * 2^7 = 2^27.
+//
+// Invariant: a row of output depends on its own row of input alone, to the last bit; the number of
+// rows and of threads changes neither the values nor the order in which they are added.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+constexpr int kMaxRows = 8;  // rows at a time: 8 by 2 tiles are 16 of 32 registers
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+constexpr int kMaxRows = 4;
+#else
+#define VECTOR_BYTES 16
+constexpr int kMaxRows = 4;
+#endif
+constexpr int64_t kGroup = 32;                 // values of input that share a scale
+constexpr int64_t kLanes = VECTOR_BYTES / 4;  // rows of weight that are interleaved: a tile
+constexpr int kTiles = 2;                     // tiles at a time; weights are padded to whole strips
+
+typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef int16_t shorts __attribute__((vector_size(VECTOR_BYTES)));
+
+template <class V, class T>
+inline V load(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+// sum + codes[even] * pair[0] + codes[odd] * pair[1], in each 32-bit lane
+inline ints dot(ints sum, ints codes, int32_t pair) {
+#if defined(__AVX512VNNI__)
+  return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(pair));
+#elif defined(__AVX512BW__)
+  return sum + (ints)_mm512_madd_epi16((__m512i)codes, _mm512_set1_epi32(pair));
+#elif defined(__AVX2__)
+  return sum + (ints)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(pair));
+#else
+  return sum + ((codes << 16) >> 16) * (int32_t)(int16_t)pair + (codes >> 16) * (pair >> 16);
+#endif
+}
+
+inline floats from_halves(const uint16_t* half) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)half));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)half));
+#else
+  floats value;
+  for (int i = 0; i < kLanes; i++) {  // read as a float, it is 2^112 too small; scales are finite
+    const uint32_t bits = (uint32_t)(half[i] & 0x7fff) << 13;
+    const float magnitude = load<float>(&bits) * 0x1p112f;
+    value[i] = (half[i] & 0x8000) ? -magnitude : magnitude;
+  }
+  return value;
+#endif
+}
+
+// A format says how one vector of a tile unpacks into pairs of 16-bit codes for each of
+// its rows, and which scales there are. Codes lie as [tile][group][vector][row].
+
+struct Int4 {  // weight = scale * code + minimum, code 0..15; scale and minimum for each group
+  static constexpr int vectors = 4, pairs = 4;
+  static constexpr int64_t scales = 2 * kLanes;
+  static ints unpack(ints packed, int pair) { return (packed >> (4 * pair)) & 0x000f000f; }
+};
+
+struct Int8 {  // weight = scale * code; one scale for each row of weight, applied at the end
+  static constexpr int vectors = 8, pairs = 2;
+  static constexpr int64_t scales = 0;
+  static ints unpack(ints packed, int pair) {
+    shorts both = (shorts)packed;
+    return pair == 0 ? (ints)((both << 8) >> 8) : (ints)(both >> 8);
+  }
+};
+
+struct Input {  // [rows][groups]
+  std::vector<int16_t> codes;
+  std::vector<float> scale;
+  std::vector<float> sum;  // of the group's values, as its codes stand for them
+};
+
+void quantize(const float* x, int64_t begin, int64_t end, int64_t size, Input& to) {
+  const int64_t groups = (size + kGroup - 1) / kGroup;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t column = i % groups * kGroup;
+    float values[kGroup] = {};
+    std::memcpy(values, x + i / groups * size + column,
+                sizeof(float) * std::min(kGroup, size - column));
+    float top = 0, poison = 0;  // NaN where a value is NaN or infinite, and so the whole row's output
+    for (float value : values) {
+      top = std::max(top, std::fabs(value));
+      poison += value * 0.0f;
+    }
+    const float inverse = top > 0 && poison == 0 ? 32767.0f / top : 0.0f;
+    int32_t sum = 0;
+    for (int j = 0; j < kGroup; j++) {
+      const int32_t code = (int32_t)std::nearbyint(values[j] * inverse);
+      to.codes[i * kGroup + j] = (int16_t)code;
+      sum += code;
+    }
+    to.scale[i] = top / 32767.0f + poison;
+    to.sum[i] = to.scale[i] * (float)sum;
+  }
+}
+
+// Outputs of `Rows` rows of input and a strip of weight.
+template <class Format, int Rows>
+void multiply(const Input& x, int64_t row, int64_t groups, const ints* codes, const uint16_t* scales,
+              floats (&out)[Rows][kTiles]) {
+  for (int64_t g = 0; g < groups; g++) {
+    ints sum[Rows][kTiles] = {};
+    const int16_t* values[Rows];
+    for (int m = 0; m < Rows; m++) values[m] = &x.codes[((row + m) * groups + g) * kGroup];
+#pragma GCC unroll 8
+    for (int v = 0; v < Format::vectors; v++)
+#pragma GCC unroll 4
+      for (int p = 0; p < Format::pairs; p++) {
+        ints unpacked[kTiles];
+        for (int t = 0; t < kTiles; t++)
+          unpacked[t] = Format::unpack(codes[(t * groups + g) * Format::vectors + v], p);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; m++) {
+          const int32_t pair = load<int32_t>(values[m] + 2 * (v * Format::pairs + p));
+#pragma GCC unroll 2
+          for (int t = 0; t < kTiles; t++) sum[m][t] = dot(sum[m][t], unpacked[t], pair);
+        }
+      }
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; t++) {
+      const uint16_t* scale = scales + (t * groups + g) * Format::scales;
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; m++) {
+        const int64_t i = (row + m) * groups + g;
+        floats product = __builtin_convertvector(sum[m][t], floats) * x.scale[i];
+        if (Format::scales)
+          out[m][t] += product * from_halves(scale) + from_halves(scale + kLanes) * x.sum[i];
+        else
+          out[m][t] += product;
+      }
+    }
+  }
+}
+
+struct Weight {
+  const void* codes;
+  const uint16_t* scales;   // Int4: float16 [tile][group][scale, minimum][row]
+  const float* row_scales;  // Int8: [whole strips]
+  int64_t out_features, in_features;
+};
+
+template <class Format, int Rows>
+void strip(const Input& x, int64_t row, const Weight& w, int64_t tile, float* out) {
+  const int64_t groups = (w.in_features + kGroup - 1) / kGroup;
+  floats result[Rows][kTiles] = {};
+  multiply<Format, Rows>(x, row, groups,
+                         (const ints*)w.codes + tile * groups * Format::vectors,
+                         w.scales + tile * groups * Format::scales, result);
+  for (int m = 0; m < Rows; m++)
+    for (int t = 0; t < kTiles; t++) {
+      const int64_t first = (tile + t) * kLanes;
+      floats y = result[m][t];
+      if (w.row_scales) y *= load<floats>(w.row_scales + first);
+      const int64_t count = std::min(kLanes, w.out_features - first);
+      if (count > 0) std::memcpy(out + (row + m) * w.out_features + first, &y, count * sizeof(float));
+    }
+}
+
+template <class Format, int Rows = kMaxRows>
+void all_rows(const Input& x, int64_t begin, int64_t end, const Weight& w, int64_t tile, float* out) {
+  for (; begin + Rows <= end; begin += Rows) strip<Format, Rows>(x, begin, w, tile, out);
+  if constexpr (Rows > 1) all_rows<Format, Rows - 1>(x, begin, end, w, tile, out);
+}
+
+template <class Format>
+void linear(const float* x, int64_t rows, const Weight& w, float* out, int threads) {
+  static thread_local Input kept;
+  Input& input = kept;  // the caller's, in every thread below
+  const int64_t groups = rows * ((w.in_features + kGroup - 1) / kGroup);
+  input.codes.resize(groups * kGroup);
+  input.scale.resize(groups);
+  input.sum.resize(groups);
+  if (rows <= 16) quantize(x, 0, groups, w.in_features, input);
+  const int64_t tiles = (w.out_features + kLanes - 1) / kLanes;
+#pragma omp parallel num_threads(threads)
+  {
+    if (rows > 16) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < groups; i++) quantize(x, i, i + 1, w.in_features, input);
+    }
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles; tile += kTiles)
+      all_rows<Format>(input, 0, rows, w, tile, out);
+  }
+}
+
+// float32: `Rows` rows of x by `Outputs` rows of weight [out, in], sums in 16 lanes.
+template <int Rows, int Outputs>
+void dense_block(const float* x, int64_t size, const float* weight, float* out, int64_t stride) {
+  floats sum[Rows][Outputs] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) {
+    floats w[Outputs];
+#pragma GCC unroll 4
+    for (int n = 0; n < Outputs; n++) w[n] = load<floats>(weight + n * size + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; m++) {
+      const floats value = load<floats>(x + m * size + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < Outputs; n++) sum[m][n] += value * w[n];
+    }
+  }
+  for (int m = 0; m < Rows; m++)
+    for (int n = 0; n < Outputs; n++) {
+      floats s = sum[m][n];
+      for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) s[i] += s[i + half];
+      float total = s[0];
+      for (int64_t rest = k; rest < size; rest++) total += x[m * size + rest] * weight[n * size + rest];
+      out[m * stride + n] = total;
+    }
+}
+
+template <int Outputs>
+void dense_rows(const float* x, int64_t rows, int64_t size, const float* weight, float* out,
+                int64_t stride) {
+  int64_t m = 0;
+  for (; m + kMaxRows <= rows; m += kMaxRows)
+    dense_block<kMaxRows, Outputs>(x + m * size, size, weight, out + m * stride, stride);
+  for (; m < rows; m++)
+    dense_block<1, Outputs>(x + m * size, size, weight, out + m * stride, stride);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t tile_rows() { return kLanes; }
+
+int64_t strip_rows() { return kLanes * kTiles; }
+
+void linear_int4(const float* x, int64_t rows, const void* codes, const uint16_t* scales,
+                 int64_t out_features, int64_t in_features, float* out, int threads) {
+  linear<Int4>(x, rows, {codes, scales, nullptr, out_features, in_features}, out, threads);
+}
+
+void linear_int8(const float* x, int64_t rows, const void* codes, const float* scales,
+                 int64_t out_features, int64_t in_features, float* out, int threads) {
+  linear<Int8>(x, rows, {codes, nullptr, scales, out_features, in_features}, out, threads);
+}
+
+// x [rows, in] by weight [out, in], float32; meant for few rows, where it reads weight once
+void linear_float32(const float* x, int64_t rows, const float* weight, int64_t out_features,
+                    int64_t in_features, float* out, int threads) {
+  constexpr int outputs = 3;  // 8 rows by 3 outputs are 24 of 32 vector registers
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t n = 0; n < out_features; n += outputs) {
+    if (n + outputs <= out_features) {
+      dense_rows<outputs>(x, rows, in_features, weight + n * in_features, out + n, out_features);
+    } else {
+      for (int64_t last = n; last < out_features; last++)
+        dense_rows<1>(x, rows, in_features, weight + last * in_features, out + last, out_features);
+    }
+  }
+}
+
+// k or v [rows, kv_heads, head_dim], a row every `stride` floats, into slots of its cache
+// [blocks, kv_heads, block_size, head_dim].
+void write_cache(const float* x, int64_t stride, float* cache, const int64_t* slots, int64_t rows,
+                 int64_t kv_heads, int64_t block_size, int64_t head_dim) {
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t block = slots[i] / block_size, offset = slots[i] % block_size;
+    for (int64_t h = 0; h < kv_heads; h++) {
+      const int64_t to = ((block * kv_heads + h) * block_size + offset) * head_dim;
+      std::memcpy(cache + to, x + i * stride + h * head_dim, head_dim * sizeof(float));
+    }
+  }
+}
+
+// One query row for each sequence. q and out: [*, heads, head_dim], a row of q every `stride`
+// floats; the row of sequence s is query_rows[s]. Caches as above; tables: [sequences, table_stride].
+// window and softcap: 0 for none. A slot that is not read may hold anything.
+void attend_decodes(const float* q, int64_t stride, const float* k, const float* v, float* out, int64_t sequences,
+                    const int64_t* query_rows, const int64_t* seq_lens, const int64_t* tables,
+                    int64_t table_stride, int64_t heads, int64_t kv_heads, int64_t block_size,
+                    int64_t head_dim, float scale, int64_t window, float softcap, int threads) {
+  const int64_t group = heads / kv_heads;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t task = 0; task < sequences * kv_heads; task++) {
+    static thread_local std::vector<float> kept;
+    const int64_t s = task / kv_heads, kv_head = task % kv_heads, length = seq_lens[s];
+    const int64_t first = window > 0 && window < length ? length - window : 0;
+    const float* queries = q + query_rows[s] * stride + kv_head * group * head_dim;
+    float* results = out + (query_rows[s] * heads + kv_head * group) * head_dim;
+    const int64_t* table = tables + s * table_stride;
+    auto row_of = [&](const float* cache, int64_t position) {
+      const int64_t block = table[position / block_size];
+      return cache + ((block * kv_heads + kv_head) * block_size + position % block_size) * head_dim;
+    };
+    kept.resize(group * length);
+    float* scores = kept.data();  // [group, length]
+    for (int64_t position = first; position < length; position++) {
+      const float* key = row_of(k, position);
+      for (int64_t h = 0; h < group; h++) {
+        const float* query = queries + h * head_dim;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < head_dim; d++) sum += query[d] * key[d];
+        sum *= scale;
+        scores[h * length + position] = softcap > 0 ? softcap * std::tanh(sum / softcap) : sum;
+      }
+    }
+    for (int64_t h = 0; h < group; h++) {
+      float* row = scores + h * length;
+      float top = row[first], total = 0;
+      for (int64_t p = first; p < length; p++) top = std::max(top, row[p]);
+      for (int64_t p = first; p < length; p++) total += row[p] = std::exp(row[p] - top);
+      for (int64_t p = first; p < length; p++) row[p] /= total;
+      std::fill_n(results + h * head_dim, head_dim, 0.0f);
+    }
+    for (int64_t position = first; position < length; position++) {
+      const float* value = row_of(v, position);
+      for (int64_t h = 0; h < group; h++) {
+        const float weight = scores[h * length + position];
+        float* to = results + h * head_dim;
+#pragma omp simd
+        for (int64_t d = 0; d < head_dim; d++) to[d] += weight * value[d];
+      }
+    }
+  }
+}
+
+}  // extern "C"
