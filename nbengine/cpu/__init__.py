@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
 
 _LONG, _POINTER, _FLOAT, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
@@ -30,6 +30,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "linear_int4": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
     "linear_int8": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
     "linear_float32": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT],
+    "rms_norm": [_POINTER, _LONG, _POINTER, _FLOAT] + [_LONG] * 3 + [_POINTER, _INT],
+    "rotate": [_POINTER, _LONG, _POINTER] + [_LONG] * 3 + [_POINTER, _INT],
+    "silu_and_mul": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "write_cache": [_POINTER, _LONG, _POINTER, _POINTER] + [_LONG] * 4,
     "attend_decodes": [_POINTER, _LONG] + [_POINTER] * 3 + [_LONG] + [_POINTER] * 3 + [_LONG] * 5
     + [_FLOAT, _LONG, _FLOAT, _INT],

@@ -31,6 +31,7 @@ constexpr int kMaxRows = 4;
 #define VECTOR_BYTES 16
 constexpr int kMaxRows = 4;
 #endif
+constexpr int64_t kFewRows = 4;  // up to which threads cost more than they give to cheap operations
 constexpr int64_t kGroup = 32;                 // values of input that share a scale
 constexpr int64_t kLanes = VECTOR_BYTES / 4;  // rows of weight that are interleaved: a tile
 constexpr int kTiles = 2;                     // tiles at a time; weights are padded to whole strips
@@ -268,6 +269,51 @@ void linear_int8(const float* x, int64_t rows, const void* codes, const float* s
   linear<Int8>(x, rows, {codes, nullptr, scales, out_features, in_features}, out, threads);
 }
 
+// x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [rows, sets, size], a row every
+// `stride` floats, with one weight for each set; out is contiguous.
+void rms_norm(const float* x, int64_t stride, const float* weight, float eps, int64_t rows,
+              int64_t sets, int64_t size, float* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > kFewRows)
+  for (int64_t i = 0; i < rows * sets; i++) {
+    const float* from = x + i / sets * stride + i % sets * size;
+    const float* scale = weight + i % sets * size;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < size; j++) sum += from[j] * from[j];
+    const float factor = 1.0f / std::sqrt(sum / (float)size + eps);
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) out[i * size + j] = from[j] * factor * scale[j];
+  }
+}
+
+// Rotary embedding of x [rows, heads, size], a row every `stride` floats, by cos_sin
+// [rows, 2, size], where the first half of the sines is negative; out is contiguous.
+void rotate(const float* x, int64_t stride, const float* cos_sin, int64_t rows, int64_t heads,
+            int64_t size, float* out, int threads) {
+  const int64_t half = size / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > kFewRows)
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t h = 0; h < heads; h++) {
+      const float *from = x + i * stride + h * size, *cos = cos_sin + 2 * i * size, *sin = cos + size;
+      float* to = out + (i * heads + h) * size;
+#pragma omp simd
+      for (int64_t j = 0; j < half; j++) {
+        to[j] = from[j] * cos[j] + from[j + half] * sin[j];
+        to[j + half] = from[j + half] * cos[j + half] + from[j] * sin[j + half];
+      }
+    }
+}
+
+// silu(gate) * up, where a row of x [rows, 2 * size] is gate and then up.
+void silu_and_mul(const float* x, int64_t rows, int64_t size, float* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > kFewRows)
+  for (int64_t i = 0; i < rows; i++) {
+    const float *gate = x + 2 * i * size, *up = gate + size;
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) out[i * size + j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
+  }
+}
+
 // x [rows, in] by weight [out, in], float32; meant for few rows, where it reads weight once
 void linear_float32(const float* x, int64_t rows, const float* weight, int64_t out_features,
                     int64_t in_features, float* out, int threads) {
@@ -332,8 +378,10 @@ void attend_decodes(const float* q, int64_t stride, const float* k, const float*
     for (int64_t h = 0; h < group; h++) {
       float* row = scores + h * length;
       float top = row[first], total = 0;
+#pragma omp simd reduction(max : top)
       for (int64_t p = first; p < length; p++) top = std::max(top, row[p]);
-      for (int64_t p = first; p < length; p++) total += row[p] = std::exp(row[p] - top);
+#pragma omp simd reduction(+ : total)
+      for (int64_t p = first; p < length; p++) total += row[p] = expf(row[p] - top);
       for (int64_t p = first; p < length; p++) row[p] /= total;
       std::fill_n(results + h * head_dim, head_dim, 0.0f);
     }
