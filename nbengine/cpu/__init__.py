@@ -33,7 +33,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [_POINTER, _LONG, _POINTER, _FLOAT] + [_LONG] * 3 + [_POINTER, _INT],
     "rotate": [_POINTER, _LONG, _POINTER] + [_LONG] * 3 + [_POINTER, _INT],
     "silu_and_mul": [_POINTER, _LONG, _LONG, _POINTER, _INT],
-    "write_cache": [_POINTER, _LONG, _POINTER, _POINTER] + [_LONG] * 4,
+    "write_kv": [_POINTER, _LONG] * 2 + [_POINTER] * 3 + [_LONG] * 4,
     "attend_decodes": [_POINTER, _LONG] + [_POINTER] * 3 + [_LONG] + [_POINTER] * 3 + [_LONG] * 5
     + [_FLOAT, _LONG, _FLOAT, _INT],
 }  # fmt: skip

@@ -76,6 +76,35 @@ inline floats from_halves(const uint16_t* half) {
 #endif
 }
 
+inline float total(floats value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; i++) sum += value[i];
+  return sum;
+#endif
+}
+
+// e^x to 2 units in the last place, for x clamped to the exponents of normal floats. A loop of it
+// becomes vector instructions, which a loop of expf does not.
+inline float exponential(float x) {
+  x = std::min(std::max(x, -87.3f), 88.3f);
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const float n = x * 1.44269504f + shift - shift;
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691e-4f;
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665796e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 5.0000001e-1f;
+  const int32_t exponent = ((int32_t)n + 127) << 23;
+  float power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  return (p * r * r + r + 1.0f) * power;
+}
+
 // A format says how one vector of a tile unpacks into pairs of 16-bit codes for each of
 // its rows, and which scales there are. Codes lie as [tile][group][vector][row].
 
@@ -107,16 +136,18 @@ void quantize(const float* x, int64_t begin, int64_t end, int64_t size, Input& t
     float values[kGroup] = {};
     std::memcpy(values, x + i / groups * size + column,
                 sizeof(float) * std::min(kGroup, size - column));
-    float top = 0, poison = 0;  // NaN where a value is NaN or infinite, and so the whole row's output
-    for (float value : values) {
-      top = std::max(top, std::fabs(value));
-      poison += value * 0.0f;
-    }
+    float top = 0, poison = 0;  // NaN where a value is NaN or infinite: it spoils the row's output
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < kGroup; j++) top = std::max(top, std::fabs(values[j]));
+#pragma omp simd reduction(+ : poison)
+    for (int64_t j = 0; j < kGroup; j++) poison += values[j] * 0.0f;
     const float inverse = top > 0 && poison == 0 ? 32767.0f / top : 0.0f;
+    int16_t* codes = &to.codes[i * kGroup];
     int32_t sum = 0;
-    for (int j = 0; j < kGroup; j++) {
-      const int32_t code = (int32_t)std::nearbyint(values[j] * inverse);
-      to.codes[i * kGroup + j] = (int16_t)code;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < kGroup; j++) {
+      const int32_t code = (int32_t)nearbyintf(values[j] * inverse);
+      codes[j] = (int16_t)code;
       sum += code;
     }
     to.scale[i] = top / 32767.0f + poison;
@@ -232,12 +263,9 @@ void dense_block(const float* x, int64_t size, const float* weight, float* out, 
   }
   for (int m = 0; m < Rows; m++)
     for (int n = 0; n < Outputs; n++) {
-      floats s = sum[m][n];
-      for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) s[i] += s[i + half];
-      float total = s[0];
-      for (int64_t rest = k; rest < size; rest++) total += x[m * size + rest] * weight[n * size + rest];
-      out[m * stride + n] = total;
+      float y = total(sum[m][n]);
+      for (int64_t rest = k; rest < size; rest++) y += x[m * size + rest] * weight[n * size + rest];
+      out[m * stride + n] = y;
     }
 }
 
@@ -250,6 +278,80 @@ void dense_rows(const float* x, int64_t rows, int64_t size, const float* weight,
   for (; m < rows; m++)
     dense_block<1, Outputs>(x + m * size, size, weight, out + m * stride, stride);
 }
+
+// One query row of the heads that share a KV head.
+struct Attention {
+  const float* q;  // [group, dim]
+  const float *k, *v;  // this head's rows in block 0
+  float* out;          // [group, dim]
+  const int64_t* table;
+  int64_t block_stride, block_size;
+  int64_t first, length;  // positions that are seen
+  int64_t group;
+  float scale, softcap;
+
+  // visit(position, row of the cache) for the positions seen, in order
+  template <class Visit>
+  void for_each(const float* cache, int64_t dim, Visit visit) const {
+    for (int64_t block = first / block_size; block * block_size < length; block++) {
+      const float* rows = cache + table[block] * block_stride;
+      const int64_t begin = block * block_size, end = std::min(begin + block_size, length);
+      for (int64_t p = std::max(begin, first); p < end; p++) visit(p, rows + (p - begin) * dim);
+    }
+  }
+
+  // kDim: the width of a head, where the compiler shall keep its row in registers; or 0
+  template <int64_t kDim>
+  void run(int64_t dim) const {
+    static thread_local std::vector<float> kept;
+    kept.resize(length);
+    float* __restrict__ scores = kept.data();
+    for (int64_t h = 0; h < group; h++) {
+      const float* query = q + h * dim;
+      for_each(k, dim, [&](int64_t position, const float* key) {
+        scores[position] = scale * product<kDim>(query, key, dim);
+      });
+      if (softcap > 0)
+        for (int64_t p = first; p < length; p++)
+          scores[p] = softcap * std::tanh(scores[p] / softcap);
+      float top = scores[first], sum_of_all = 0;
+#pragma omp simd reduction(max : top)
+      for (int64_t p = first; p < length; p++) top = std::max(top, scores[p]);
+#pragma omp simd reduction(+ : sum_of_all)
+      for (int64_t p = first; p < length; p++) sum_of_all += scores[p] = exponential(scores[p] - top);
+      const float inverse = 1.0f / sum_of_all;
+      float* __restrict__ to = out + h * dim;
+      if constexpr (kDim > 0) {
+        floats sum[kDim / kLanes] = {};
+        for_each(v, dim, [&](int64_t position, const float* value) {
+          for (int64_t i = 0; i < kDim / kLanes; i++)
+            sum[i] += load<floats>(value + i * kLanes) * scores[position];
+        });
+        for (floats& part : sum) part *= inverse;
+        std::memcpy(to, sum, sizeof(sum));
+      } else {
+        std::fill_n(to, dim, 0.0f);
+        for_each(v, dim, [&](int64_t position, const float* value) {
+          for (int64_t d = 0; d < dim; d++) to[d] += scores[position] * value[d];
+        });
+        for (int64_t d = 0; d < dim; d++) to[d] *= inverse;
+      }
+    }
+  }
+
+  template <int64_t kDim>
+  static float product(const float* a, const float* b, int64_t dim) {
+    if constexpr (kDim > 0) {
+      floats sum = {};
+      for (int64_t i = 0; i < kDim; i += kLanes) sum += load<floats>(a + i) * load<floats>(b + i);
+      return total(sum);
+    }
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < dim; d++) sum += a[d] * b[d];
+    return sum;
+  }
+};
 
 }  // namespace
 
@@ -310,7 +412,10 @@ void silu_and_mul(const float* x, int64_t rows, int64_t size, float* out, int th
   for (int64_t i = 0; i < rows; i++) {
     const float *gate = x + 2 * i * size, *up = gate + size;
 #pragma omp simd
-    for (int64_t j = 0; j < size; j++) out[i * size + j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
+    for (int64_t j = 0; j < size; j++) {
+      const float sigmoid = 1.0f / (1.0f + exponential(-gate[j]));
+      out[i * size + j] = gate[j] * sigmoid * up[j];
+    }
   }
 }
 
@@ -329,70 +434,51 @@ void linear_float32(const float* x, int64_t rows, const float* weight, int64_t o
   }
 }
 
-// k or v [rows, kv_heads, head_dim], a row every `stride` floats, into slots of its cache
-// [blocks, kv_heads, block_size, head_dim].
-void write_cache(const float* x, int64_t stride, float* cache, const int64_t* slots, int64_t rows,
-                 int64_t kv_heads, int64_t block_size, int64_t head_dim) {
+// k and v [rows, kv_heads, head_dim], a row every k_stride and v_stride floats, into slots of the
+// caches [blocks, kv_heads, block_size, head_dim].
+void write_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* k_cache,
+              float* v_cache, const int64_t* slots, int64_t rows, int64_t kv_heads,
+              int64_t block_size, int64_t head_dim) {
   for (int64_t i = 0; i < rows; i++) {
     const int64_t block = slots[i] / block_size, offset = slots[i] % block_size;
     for (int64_t h = 0; h < kv_heads; h++) {
       const int64_t to = ((block * kv_heads + h) * block_size + offset) * head_dim;
-      std::memcpy(cache + to, x + i * stride + h * head_dim, head_dim * sizeof(float));
+      std::memcpy(k_cache + to, k + i * k_stride + h * head_dim, head_dim * sizeof(float));
+      std::memcpy(v_cache + to, v + i * v_stride + h * head_dim, head_dim * sizeof(float));
     }
   }
 }
 
 // One query row for each sequence. q and out: [*, heads, head_dim], a row of q every `stride`
-// floats; the row of sequence s is query_rows[s]. Caches as above; tables: [sequences, table_stride].
-// window and softcap: 0 for none. A slot that is not read may hold anything.
-void attend_decodes(const float* q, int64_t stride, const float* k, const float* v, float* out, int64_t sequences,
-                    const int64_t* query_rows, const int64_t* seq_lens, const int64_t* tables,
-                    int64_t table_stride, int64_t heads, int64_t kv_heads, int64_t block_size,
-                    int64_t head_dim, float scale, int64_t window, float softcap, int threads) {
+// floats; the row of sequence s is query_rows[s]. Caches as above; tables: [sequences,
+// table_stride]. window and softcap: 0 for none. A slot that is not read may hold anything.
+void attend_decodes(const float* q, int64_t stride, const float* k, const float* v, float* out,
+                    int64_t sequences, const int64_t* query_rows, const int64_t* seq_lens,
+                    const int64_t* tables, int64_t table_stride, int64_t heads, int64_t kv_heads,
+                    int64_t block_size, int64_t head_dim, float scale, int64_t window,
+                    float softcap, int threads) {
   const int64_t group = heads / kv_heads;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t task = 0; task < sequences * kv_heads; task++) {
-    static thread_local std::vector<float> kept;
-    const int64_t s = task / kv_heads, kv_head = task % kv_heads, length = seq_lens[s];
-    const int64_t first = window > 0 && window < length ? length - window : 0;
-    const float* queries = q + query_rows[s] * stride + kv_head * group * head_dim;
-    float* results = out + (query_rows[s] * heads + kv_head * group) * head_dim;
-    const int64_t* table = tables + s * table_stride;
-    auto row_of = [&](const float* cache, int64_t position) {
-      const int64_t block = table[position / block_size];
-      return cache + ((block * kv_heads + kv_head) * block_size + position % block_size) * head_dim;
+    const int64_t s = task / kv_heads, kv_head = task % kv_heads;
+    const Attention attention{
+        q + query_rows[s] * stride + kv_head * group * head_dim,
+        k + kv_head * block_size * head_dim,
+        v + kv_head * block_size * head_dim,
+        out + (query_rows[s] * heads + kv_head * group) * head_dim,
+        tables + s * table_stride,
+        kv_heads * block_size * head_dim,
+        block_size,
+        window > 0 ? std::max(seq_lens[s] - window, (int64_t)0) : 0,
+        seq_lens[s],
+        group,
+        scale,
+        softcap,
     };
-    kept.resize(group * length);
-    float* scores = kept.data();  // [group, length]
-    for (int64_t position = first; position < length; position++) {
-      const float* key = row_of(k, position);
-      for (int64_t h = 0; h < group; h++) {
-        const float* query = queries + h * head_dim;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < head_dim; d++) sum += query[d] * key[d];
-        sum *= scale;
-        scores[h * length + position] = softcap > 0 ? softcap * std::tanh(sum / softcap) : sum;
-      }
-    }
-    for (int64_t h = 0; h < group; h++) {
-      float* row = scores + h * length;
-      float top = row[first], total = 0;
-#pragma omp simd reduction(max : top)
-      for (int64_t p = first; p < length; p++) top = std::max(top, row[p]);
-#pragma omp simd reduction(+ : total)
-      for (int64_t p = first; p < length; p++) total += row[p] = expf(row[p] - top);
-      for (int64_t p = first; p < length; p++) row[p] /= total;
-      std::fill_n(results + h * head_dim, head_dim, 0.0f);
-    }
-    for (int64_t position = first; position < length; position++) {
-      const float* value = row_of(v, position);
-      for (int64_t h = 0; h < group; h++) {
-        const float weight = scores[h * length + position];
-        float* to = results + h * head_dim;
-#pragma omp simd
-        for (int64_t d = 0; d < head_dim; d++) to[d] += weight * value[d];
-      }
+    switch (head_dim) {  // a width known to the compiler keeps a head's row in registers
+      case 64: attention.run<64>(head_dim); break;
+      case 128: attention.run<128>(head_dim); break;
+      default: attention.run<0>(head_dim);
     }
   }
 }

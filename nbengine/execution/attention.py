@@ -29,23 +29,26 @@ from nbengine.execution.batch import Batch
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Put k and v `[T, kv_heads, head_dim]` into the slots `[T]` of the caches
     `[num_blocks, kv_heads, block_size, head_dim]`, in the caches' dtype."""
-    for x, cache in ((k, k_cache), (v, v_cache)):
-        _, kv_heads, block_size, head_dim = cache.shape
-        native = _native(cache, x)
-        if native is not None:
-            native.write_cache(
-                x.data_ptr(),
-                x.stride(0),
-                cache.data_ptr(),
-                slot_mapping.data_ptr(),
-                x.shape[0],
-                kv_heads,
-                block_size,
-                head_dim,
-            )
-        else:
-            blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-            cache[blocks, :, offsets] = x.to(cache.dtype)
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    native = _native(k_cache, k)
+    if native is not None and _native(v_cache, v):
+        native.write_kv(
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            k.shape[0],
+            kv_heads,
+            block_size,
+            head_dim,
+        )
+        return
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
 
 
 def paged_attention(
