@@ -90,6 +90,12 @@ function render({ model, el }) {
     h("label", { title: "Through the model's chat template" }, chat, " chat"),
     h("button", { type: "submit", class: "nbe-button" }, "Add"),
   );
+  // JupyterLab keeps Enter from submitting a form.
+  prompt.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.isComposing) return;
+    event.preventDefault();
+    form.requestSubmit();
+  });
   const notice = h("div", { class: "nbe-notice", role: "alert", ".hidden": true });
 
   // ---------------------------------------------------------------- requests

@@ -270,9 +270,7 @@ def test_a_bad_message_is_answered_with_its_error(
 
 
 @pytest.mark.parametrize("message", [None, 3, [], {}, {"type": None}, {"type": "rm"}, {"type": []}])
-def test_a_message_that_means_nothing_is_passed_over(
-    make_engine: MakeEngine, message: Any
-) -> None:
+def test_a_message_that_means_nothing_is_passed_over(make_engine: MakeEngine, message: Any) -> None:
     make_engine().dashboard().receive(message)
 
 
