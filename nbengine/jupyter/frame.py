@@ -116,7 +116,8 @@ class Frame:
         """In a few words, why it got less than it wanted; `Engine.why` says more."""
         wait = waits.get(seq.seq_id)
         if wait is not None:
-            return f"waits: {wait.cause}" if not wait.got else f"slowed: {wait.cause}"
+            numbers = f" ({wait.needed} needed, {wait.available} left)" if wait.needed else ""
+            return f"{'slowed' if wait.got else 'waits'}: {wait.cause}{numbers}"
         if seq.status is Status.RUNNING:
             return ""
         head = next((w for w in waits.values() if not w.got), None)

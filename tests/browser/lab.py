@@ -56,7 +56,7 @@ class Lab:
             "JUPYTER_CONFIG_DIR": str(folder / "config"),
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
             "IPYTHONDIR": str(folder / "ipython"),
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         }
         self.log = (folder / "lab.log").open("w")
         # port_retries=0: on a taken port it must fail, not move and leave us someone else's server.

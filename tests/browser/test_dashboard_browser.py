@@ -124,13 +124,13 @@ def test_buttons_answer_while_the_engine_runs(dashboard: DashboardPage) -> None:
 
 
 def test_buttons_answer_while_a_cell_holds_the_kernel(dashboard: DashboardPage) -> None:
+    if not dashboard.notebook.has_subshells:
+        pytest.skip("this kernel has no subshells: messages wait for the cell")
     dashboard.notebook.start_running(BUSY)
     dashboard.page.wait_for_function(
         "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
         " === 'busy'"
     )
-    if not dashboard.notebook.has_subshells:
-        pytest.skip("this kernel has no subshells: messages wait for the cell")
     dashboard.click("Run")
     dashboard.wait("d.running === 'true'")
     dashboard.click("Pause")

@@ -76,7 +76,7 @@ def test_a_frame_holds_queues_blocks_and_steps(make_engine: MakeEngine) -> None:
     state, buffers = frame.state(), frame.buffers()
     assert [s["id"] for s in state["sequences"]] == ["req-0", "req-0#1", "req-1"]
     assert [s["status"] for s in state["sequences"]] == ["running", "running", "waiting"]
-    assert state["sequences"][2]["why"] == "waits: seats"
+    assert state["sequences"][2]["why"] == "waits: seats (1 needed, 0 left)"
     assert [step["step"] for step in state["log"]] == [2, 1]
     tables = array("I", buffers["tables"])
     lengths = [length for _, _, length, _ in state["running"]]
@@ -94,7 +94,7 @@ def test_everyone_behind_the_head_of_the_queue_is_told_whom_it_waits_for(
         engine.add_request("a b c", SamplingParams(max_tokens=8))
     engine.step()
     reasons = [s["why"] for s in gather(engine).state()["sequences"]]
-    assert reasons == ["", "waits: seats", "waits behind req-1"]
+    assert reasons == ["", "waits: seats (1 needed, 0 left)", "waits behind req-1"]
 
 
 def test_requests_that_ended_between_two_frames_stay_to_be_read(make_engine: MakeEngine) -> None:
@@ -199,7 +199,9 @@ def test_buttons_step_run_pause_abort_and_explain(make_engine: MakeEngine, show:
     page.send("step", n=10)
     page.wait(lambda state: state["step"] == 11)
     page.send("why", id="req-0")
-    page.wait(lambda state: state["explanation"])
+    assert "req-0" in page.wait(lambda state: state["explanation"])["explanation"]
+    page.send("why", id=None)
+    page.wait(lambda state: not state["explanation"])
     page.send("abort", id="req-0")
     page.wait(lambda state: state["finished"])
     page.send("run")
