@@ -14,7 +14,7 @@ import queue
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -482,7 +482,7 @@ class Engine:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Add a request and yield its outputs as they come; leaving the loop early aborts it.
         `options` are those of `add_request`."""
         outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()

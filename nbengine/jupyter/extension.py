@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,7 @@ class NbengineMagics(Magics):
         params = self._params(args)
         if not isinstance(params, SamplingParams):
             raise UsageError("beam search has nothing to stream: use llm.beam_search(...)")
-        outputs: Iterator[Any] = self._engine.stream(
+        outputs = self._engine.stream(
             prompt, params, priority=args.priority, request_id=args.request_id
         )
         in_notebook = hasattr(self.shell, "kernel")

@@ -243,6 +243,18 @@ def test_interrupting_generate_aborts_that_request_alone(
     assert engine.step().scheduled
 
 
+def test_an_interrupt_while_the_text_is_drawn_aborts_too(
+    notebook: Notebook, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nbengine.jupyter.stream._TerminalScreen.show", interrupted)
+    engine.runner.seconds_per_step = 0.01
+    notebook.run("%nb_generate --max-tokens 1000 hello")
+    assert not engine.has_work
+
+
 # ---------------------------------------------------------------------- errors
 
 
