@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbengine.config import EngineConfig
 from nbengine.core.history import History
+from nbengine.core.logprobs import Logprob
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
@@ -195,7 +196,7 @@ class Engine:
         for seq in advanced:
             state = self._states[seq.request.request_id]
             try:
-                stop = state.update(seq, output.logprobs.get(seq.seq_id))
+                stop = state.update(seq, _logprobs_of(seq, output))
             except Exception as error:  # one sequence's text must not end the others
                 self.scheduler.finish(seq, "error", f"{type(error).__name__}: {error}")
                 continue
@@ -685,6 +686,17 @@ class Engine:
             f"Engine({self.config.model}, step {s.step_count}, {len(s.running)} running, "
             f"{len(s.waiting)} waiting, {s.pool.num_held}/{s.pool.num_blocks} blocks held)"
         )
+
+
+def _logprobs_of(seq: Sequence, output: StepOutput) -> dict[int, Logprob] | None:
+    """Of the token that `seq` just got. Samples that have just been forked were all drawn from
+    the row of the first, whose id is the request's."""
+    rows = output.logprobs.get(seq.seq_id)
+    if rows is None:
+        rows = output.logprobs.get(seq.request.request_id)
+    if rows is None:
+        return None
+    return rows[seq.index if len(rows) > 1 else 0]
 
 
 def _checked_salt(salt: object) -> str | None:

@@ -165,7 +165,7 @@ class RequestState:
         sample = self.samples.get(seq.seq_id)
         return sample.detokenizer.text if sample and sample.detokenizer else ""
 
-    def update(self, seq: Sequence, logprobs: list[dict[int, Logprob]] | None) -> str | None:
+    def update(self, seq: Sequence, entry: dict[int, Logprob] | None) -> str | None:
         """Take in the token that was just appended to `seq`; returns the stop string it completed,
         if any."""
         params = self.params
@@ -176,8 +176,7 @@ class RequestState:
             sample = self.samples[seq.seq_id] = self._new_sample(seq, params)
         token = seq.tokens[-1]
         sample.num_tokens += 1
-        if logprobs and sample.logprobs is not None:
-            entry = logprobs[0]
+        if entry is not None and sample.logprobs is not None:
             if self.tokenizer is not None and params.detokenize:
                 entry = self._decoded(entry)
             sample.logprobs.append(entry)

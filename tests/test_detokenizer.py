@@ -131,6 +131,15 @@ def test_special_tokens_are_skipped_or_shown():
     assert run(SMOLLM2, ids, skip_special_tokens=False)[0] == "a<|im_end|>b"
 
 
+def test_added_tokens_with_characters_beyond_the_byte_alphabet_are_shown_as_they_are():
+    backend = tokenizers.Tokenizer.from_str(SMOLLM2.backend.to_str())
+    backend.add_tokens(["<tool 日>"])
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode("a<tool 日>b")
+    assert len(ids) == 3
+    assert run(tokenizer, ids)[0] == tokenizer.decode(ids) == "a<tool 日>b"
+
+
 # Stop strings.
 
 
@@ -179,6 +188,11 @@ def test_stop_strings_before_min_tokens_are_text():
 def test_a_stop_string_that_begins_before_min_tokens_counts_when_it_ends_after():
     ids = [SMOLLM2.encode(char)[0] for char in "abcd"]
     assert run(SMOLLM2, ids, stop=["bc"], min_tokens=3)[0] == "a"
+
+
+def test_a_stop_string_may_overlap_one_that_came_before_min_tokens():
+    ids = [SMOLLM2.encode("a")[0]] * 4
+    assert run(SMOLLM2, ids, stop=["aa"], min_tokens=3) == ("a", ["", "a", "", ""], "aa")
 
 
 def test_skipped_special_tokens_hide_no_stop_string():

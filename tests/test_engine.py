@@ -4,13 +4,14 @@ in a failed step, nobody harmed by a bad request."""
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 import time
 import weakref
 
 import pytest
 
-from nbengine import BeamSearchParams, Engine, SamplingParams
+from nbengine import LLM, BeamSearchParams, Engine, SamplingParams
 from nbengine.errors import (
     EngineClosed,
     InvalidField,
@@ -168,6 +169,14 @@ class TestSampling:
         assert len(out.prompt_logprobs) == len(PROMPTS[2])
         for i, entry in enumerate(out.prompt_logprobs[1:], start=1):
             assert entry[ids[i]].logprob == pytest.approx(reference[i - 1][ids[i]].item(), abs=1e-3)
+
+    def test_each_sample_has_the_logprobs_of_its_own_tokens(self, make):
+        engine = make()
+        params = self.SEEDED.clone(n=3, logprobs=0, max_tokens=4)
+        name = engine.add_request(PROMPTS[1], params)
+        engine.run()
+        for sample in engine.output(name).outputs:
+            assert [list(entry) for entry in sample.logprobs] == [[t] for t in sample.token_ids]
 
     def test_prompt_logprobs_are_whole_despite_prefix_hits_and_chunks(self, make):
         params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0)
@@ -397,6 +406,36 @@ class TestLife:
         assert tokens(engine, [names[1], names[3]]) == [expected[1], expected[3]]
         with pytest.raises(UnknownRequest):
             engine.abort("nobody")
+
+    def test_ctrl_c_aborts_that_calls_requests_and_the_engine_goes_on(
+        self, make, expected, monkeypatch
+    ):
+        llm = LLM.__new__(LLM)
+        llm.engine = engine = make()
+        other = engine.add_request(PROMPTS[0], GREEDY)
+        forward = type(engine._runner.decoder).forward
+        begun = threading.Event()
+
+        def slowly(self, *args):
+            begun.set()
+            time.sleep(0.02)
+            return forward(self, *args)
+
+        monkeypatch.setattr(type(engine._runner.decoder), "forward", slowly)
+
+        def press():
+            begun.wait(30)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS[1:3], GREEDY.clone(max_tokens=150), use_tqdm=False)
+        snapshot = engine.snapshot()
+        live = {s.request_id for s in (*snapshot.running, *snapshot.waiting)}
+        assert live <= {other}
+        monkeypatch.undo()
+        assert [[o.token_ids for o in r.outputs] for r in llm.generate(PROMPTS, GREEDY)] == expected
+        assert tokens(engine, [other]) == [expected[0]]
 
     def test_leaving_a_stream_aborts_it(self, make):
         engine = make()

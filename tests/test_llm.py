@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import queue
 import threading
 
 import pytest
@@ -76,27 +75,6 @@ class TestGenerate:
         assert "prompts" not in capfd.readouterr().err
         smollm2.generate(STORY, GREEDY)
         assert "Processed prompts: 100%" in capfd.readouterr().err
-
-    def test_an_interrupt_aborts_exactly_that_calls_requests(self, smollm2, monkeypatch):
-        engine = smollm2.engine
-        engine.pause()
-        other = engine.add_request(STORY, GREEDY)
-        get = queue.SimpleQueue.get
-
-        class Interrupted(queue.SimpleQueue):
-            def get(self, *args, **kwargs):
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr("nbengine.llm.queue.SimpleQueue", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            smollm2.generate([STORY, "Hello"], GREEDY.clone(max_tokens=500), use_tqdm=False)
-        monkeypatch.undo()
-        assert get is queue.SimpleQueue.get
-        engine.run()
-        assert engine.output(other).outputs[0].finish_reason == "length"
-        assert text(smollm2.generate(STORY, GREEDY, use_tqdm=False)) == [
-            engine.output(other).outputs[0].text
-        ]
 
     def test_calls_from_several_threads_share_the_batch(self, smollm2):
         prompts = [STORY, "The capital of France is", "Water boils at"]

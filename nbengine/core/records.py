@@ -23,10 +23,8 @@ class Cause(enum.StrEnum):
     LONG_PREFILL = "long prefill threshold"
     BLOCKS = "blocks"
     SEATS = "seats"
-    BEHIND = "behind"
     PREEMPTION = "preemption in this step"
     SIBLINGS = "sibling beams"
-    PAUSED = "no step taken yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +56,14 @@ class Wait:
                     f"computed {share}: long_prefill_token_threshold allows {self.available} a step"
                 )
             case Cause.BLOCKS:
-                return f"computed {share}: needs {self.needed} blocks, {self.available} available"
+                blocks = "block" if self.needed == 1 else "blocks"
+                return f"computed {share}: needs {self.needed} {blocks}, {self.available} available"
             case Cause.SEATS:
                 return (
-                    f"computed {share}: needs {self.needed} seats (max_num_seqs), "
+                    f"computed {share}: needs {self.needed} "
+                    f"{'seat' if self.needed == 1 else 'seats'} (max_num_seqs), "
                     f"{self.available} left"
                 )
-            case Cause.BEHIND:
-                return f"computed {share}: behind {self.behind}"
             case Cause.PREEMPTION:
                 return (
                     f"computed {share}: blocks ran out in this step ({self.behind} took some), so "

@@ -504,7 +504,7 @@ class Scheduler:
                 seq.candidates = candidates[seq_id]
                 beams[seq.request.request_id] = self.live[seq.request.request_id]
                 continue
-            tokens = samples.get(seq_id, ())
+            tokens = samples.get(seq_id, [])
             if len(tokens) != 1 + seq.pending_forks:
                 self._fail(seq, f"the executor returned {len(tokens)} tokens for this sequence")
                 continue

@@ -1,12 +1,11 @@
 """Deterministic simulation: one integer drives a whole life of the real scheduler and pools.
 
 After FoundationDB (Zhou et al., 2021, section 4): a seed draws a configuration, a workload and
-faults, and a virtual clock makes the run repeat exactly. The executor is a fake device whose KV
-cache holds, in the place of keys and values, a hash of the whole past that each slot was computed
-from. So a block that is shared wrongly, written without a copy, remembered too early, swapped to
-the wrong place or read stale is seen at the first token that looks at it. After every step the
-invariants are checked; in the end every output must be what an engine with endless memory and no
-faults gives, and everything admitted must have finished.
+faults, and a virtual clock makes the run repeat exactly. The executor is a `FakeDevice`, which sees
+every block that does not hold the past of who reads it. After every step the invariants are
+checked, and a `Replay` of the records must agree with the scheduler; in the end every output must
+be what an engine with endless memory and no faults gives, and everything admitted must have
+finished.
 
     python -m nbengine.core.simulate --seeds 100000   # many lives, on all cores
     python -m nbengine.core.simulate --seed 17        # one of them again, step by step
@@ -20,13 +19,13 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from random import Random
-from typing import Any, NoReturn
+from typing import Any
 
 from nbengine.core.block_pool import BlockPool, Refused
+from nbengine.core.fake_device import VOCAB_SIZE, FakeDevice, undisturbed_outputs
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
@@ -36,144 +35,11 @@ from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.core.scheduler import Scheduler, SchedulerConfig
 from nbengine.errors import CacheBusy, InvalidRequest, RequestTooLarge
 
-VOCAB_SIZE = 61
+# ---------------------------------------------------------------------- what a seed draws
 
 
 class InjectedFault(RuntimeError):
     """A failure that the simulation caused on purpose."""
-
-
-# ---------------------------------------------------------------------- a model without a model
-
-
-def pasts(tokens: list[int], salt: str | None) -> list[int]:
-    """For each position a number that stands for its keys and values: it depends on every token
-    up to there, and on the salt, so that a hit across tenants is seen too."""
-    root = 0 if salt is None else 1 + int.from_bytes(salt.encode(), "big")
-    return list(accumulate(tokens, lambda past, token: hash((past, token)), initial=root))[1:]
-
-
-def next_token(past: int, seed: int, index: int) -> int:
-    return hash((past, seed, index)) % VOCAB_SIZE
-
-
-def next_candidates(past: int, n: int) -> list[tuple[int, float]]:
-    """The `n` likeliest next tokens, all different, with their log-probabilities."""
-    tokens = [(past + k * 7) % VOCAB_SIZE for k in range(n)]
-    scored = [(token, -1 - hash((past, token)) % 2**40 / 2**40) for token in tokens]
-    return sorted(scored, key=lambda candidate: -candidate[1])
-
-
-def undisturbed_outputs(request: Request) -> list[tuple[int, ...]]:
-    """What the request's samples (or best beams) are, with endless memory and nothing amiss."""
-    prompt, salt = list(request.prompt_token_ids), request.cache_salt
-    outputs = []
-    if isinstance(request.params, BeamSearchParams):
-        return _undisturbed_beams(request, request.params)
-    for index in range(request.params.n):
-        tokens = list(prompt)
-        while len(tokens) < request.max_total_tokens:
-            tokens.append(next_token(pasts(tokens, salt)[-1], request.seed, index))
-            num_output = len(tokens) - len(prompt)
-            if tokens[-1] in request.stop_token_ids and num_output >= request.params.min_tokens:
-                break
-        outputs.append(tuple(tokens[len(prompt) :]))
-    return outputs
-
-
-def _undisturbed_beams(request: Request, params: BeamSearchParams) -> list[tuple[int, ...]]:
-    beams = [(list(request.prompt_token_ids), 0.0)]
-    ended: list[tuple[float, tuple[int, ...]]] = []  # (score, output)
-    start, width = len(beams[0][0]), params.beam_width
-    while beams and len(beams[0][0]) < request.max_total_tokens:
-        grown = []
-        for tokens, total in beams:
-            past = pasts(tokens, request.cache_salt)[-1]
-            for token, logprob in next_candidates(past, 2 * width):
-                if token in request.eos_token_ids and not params.ignore_eos:
-                    score = (total + logprob) / len(tokens) ** params.length_penalty
-                    ended.append((score, tuple(tokens[start:])))
-                else:
-                    grown.append(([*tokens, token], total + logprob))
-        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
-    for tokens, total in beams:
-        ended.append((total / len(tokens) ** params.length_penalty, tuple(tokens[start:])))
-    return [output for _, output in sorted(ended, key=lambda e: -e[0])[:width]]
-
-
-class FakeDevice:
-    """Executes plans over a KV cache of pasts, and checks all that it reads."""
-
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.size = config.block_size
-        self.kv: list[int | None] = [None] * (config.num_blocks * self.size)
-        self.host: list[int | None] = [None] * (config.num_host_blocks * self.size)
-
-    def execute(self, plan: StepPlan) -> StepOutput:
-        self._copy(plan.swap_out, self.kv, self.host)
-        self._copy(plan.swap_in, self.host, self.kv)
-        self._copy(plan.copies, self.kv, self.kv)
-        past_of = {seq: pasts(seq.tokens, seq.request.cache_salt) for seq, _ in plan.scheduled}
-        for seq, n in plan.scheduled:  # as on a real device: all are written, then read
-            for i in range(seq.num_computed_tokens, seq.num_computed_tokens + n):
-                self.kv[self._slot(seq, i)] = past_of[seq][i]
-        output = StepOutput()
-        for seq, n in plan.scheduled:
-            end = seq.num_computed_tokens + n
-            past = past_of[seq]
-            if self._read(seq, end) != past[:end]:
-                self._explain(seq, past[:end])
-            if end == len(past):
-                self._sample(seq, past[-1], output)
-        return output
-
-    def scramble(self, plan: StepPlan) -> None:
-        """A step that fails half way leaves garbage wherever it was to write."""
-        self._copy([(None, block) for _, block in plan.swap_out], self.kv, self.host)
-        for _, block in (*plan.swap_in, *plan.copies):
-            self._copy([(None, block)], self.kv, self.kv)
-        for seq, n in plan.scheduled:
-            for i in range(seq.num_computed_tokens, seq.num_computed_tokens + n):
-                self.kv[self._slot(seq, i)] = None
-
-    def _copy(self, moves: Any, source: list[int | None], destination: list[int | None]) -> None:
-        """Copy blocks pairwise, reading all before writing any; a source of None is garbage."""
-        size = self.size
-        garbage = [None] * size
-        contents = [
-            garbage if block is None else source[block * size : (block + 1) * size]
-            for block, _ in moves
-        ]
-        for (_, block), content in zip(moves, contents, strict=True):
-            destination[block * size : (block + 1) * size] = content
-
-    def _slot(self, seq: Sequence, position: int) -> int:
-        return seq.block_table[position // self.size] * self.size + position % self.size
-
-    def _read(self, seq: Sequence, end: int) -> list[int | None]:
-        size = self.size
-        return [past for b in seq.block_table for past in self.kv[b * size : (b + 1) * size]][:end]
-
-    def _explain(self, seq: Sequence, expected: list[int]) -> NoReturn:
-        found = self._read(seq, len(expected))
-        at = next(i for i, past in enumerate(expected) if found[i : i + 1] != [past])
-        what = "was never computed" if found[at] is None else "holds another past"
-        raise AssertionError(
-            f"{seq.seq_id} reads position {at} in block {seq.block_table[at // self.size]}, which "
-            f"{what}; {seq!r}"
-        )
-
-    def _sample(self, seq: Sequence, past: int, output: StepOutput) -> None:
-        request = seq.request
-        if isinstance(request.params, BeamSearchParams):
-            output.candidates[seq.seq_id] = next_candidates(past, 2 * request.params.beam_width)
-        else:
-            output.samples[seq.seq_id] = [
-                next_token(past, request.seed, seq.index + k) for k in range(1 + seq.pending_forks)
-            ]
-
-
-# ---------------------------------------------------------------------- what a seed draws
 
 
 class FlakyPool(BlockPool):
@@ -315,7 +181,7 @@ class Simulation:
         self.admitted: list[LiveRequest] = []
         """Every request that was not refused."""
         self.replay = Replay()
-        self.num_steps = self.num_tokens = 0
+        self.num_steps = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._draw_events()
 
@@ -346,18 +212,20 @@ class Simulation:
 
     def step(self) -> StepRecord:
         scheduler = self.scheduler
-        before = list(scheduler.waiting), list(scheduler.running)
+        ran_before = list(scheduler.running)
+        owed_a_word: set[str] = set()
         try:
             plan = scheduler.schedule()
-            self._check_plan(plan, *before)
+            owed_a_word = self._check_plan(plan, ran_before)
             output = self._execute(plan)
             scheduler.commit(output)
         except InjectedFault as fault:
             record = scheduler.take_back(fault)
         else:
             record = scheduler.seal(Phases())
-            self.num_tokens += record.num_tokens
         self.num_steps += 1
+        silent = owed_a_word - {wait.seq_id for wait in record.waits}
+        assert not silent, f"no word on why {silent} got less than wanted"
         self._check_state(record)
         if self.watch:
             self.watch(self, record)
@@ -470,41 +338,38 @@ class Simulation:
 
     # ---------------------------------------------------------------- invariants
 
-    def _check_plan(self, plan: StepPlan, waiting: list[Sequence], running: list[Sequence]) -> None:
+    def _check_plan(self, plan: StepPlan, ran_before: list[Sequence]) -> set[str]:
+        """Judge the decisions; returns who got less than it wanted, and must be told why."""
         config, scheduler = self.config, self.scheduler
-        journal = scheduler._journal
-        explained = {wait.seq_id for wait in journal.waits}
         computing = [seq for seq, _ in plan.scheduled]
         assert len(set(computing)) == len(computing), "scheduled twice"
         assert plan.num_tokens <= config.max_num_batched_tokens, "over the budget"
         for seq, n in plan.scheduled:
-            assert 0 < n <= seq.num_uncomputed_tokens and seq.status is Status.RUNNING
-            if n < seq.num_uncomputed_tokens:
-                assert config.enable_chunked_prefill and seq.seq_id in explained, seq
-            if config.long_prefill_token_threshold > 0 and config.enable_chunked_prefill:
-                assert n <= config.long_prefill_token_threshold
+            assert seq.status is Status.RUNNING and 0 < n <= seq.num_uncomputed_tokens, seq
+            assert n == seq.num_uncomputed_tokens or config.enable_chunked_prefill, "a chunk"
+            if config.enable_chunked_prefill and config.long_prefill_token_threshold:
+                assert n <= config.long_prefill_token_threshold, "over the threshold"
+        owed = {seq.seq_id for seq, n in plan.scheduled if n < seq.num_uncomputed_tokens}
+        owed |= {seq.seq_id for seq in scheduler.running if seq not in computing}
 
-        # Nobody is overtaken: who computes comes before all who could and do not.
-        left = [seq for seq in scheduler.waiting if not seq.is_idle]
-        admitted = {seq_id for seq_id, *_ in journal.admitted}
-        if left:
-            first = min(seq.order for seq in left)
-            for seq in scheduler.running:
-                assert seq.seq_id not in admitted or seq.order < first, f"{seq} overtook"
-            head = min(left, key=lambda seq: seq.order)
-            assert head.seq_id in explained, f"no word on why {head} waits"
-        lost = [seq for seq in running if seq.status is Status.PREEMPTED and not seq.is_idle]
+        lost = [seq for seq in ran_before if seq.status is Status.PREEMPTED and not seq.is_idle]
         for victim in lost:
             last = max((seq.order for seq in scheduler.running), default=victim.order)
             assert last <= victim.order, f"{victim} was preempted before one behind it"
-        for seq in running:
-            if seq.status is Status.RUNNING and seq not in computing:
-                assert seq.seq_id in explained, f"no word on why {seq} computes nothing"
-        if not self.is_noisy:
-            assert plan.scheduled or not scheduler.has_work, "there is work, and nobody computes"
+        left = [seq for seq in scheduler.waiting if not seq.is_idle]
+        if left:
+            head = min(left, key=lambda seq: seq.order)
+            owed.add(head.seq_id)
+            for seq in computing:
+                if seq not in ran_before:
+                    assert seq.order < head.order, f"{seq} overtook {head}"
+        if not isinstance(scheduler.policy, Moody):
             for seq in (*scheduler.waiting, *scheduler.running):
                 rank = scheduler.policy.rank(seq)
                 assert seq.order == (rank, seq.request.arrival, seq.index), "a stale rank"
+        if not self.is_noisy and scheduler.has_work:
+            assert computing, "there is work, and nobody computes"
+        return owed
 
     def _check_state(self, record: StepRecord) -> None:
         scheduler, pool, host_pool = self.scheduler, self.scheduler.pool, self.scheduler.host_pool
@@ -585,8 +450,8 @@ def replay_command(seed: int) -> str:
     return f"python -m nbengine.core.simulate --seed {seed}"
 
 
-def _try(seed: int) -> tuple[int, str, int]:
-    """(seed, what went wrong or nothing, steps)."""
+def try_seed(seed: int) -> tuple[int, str, int]:
+    """(seed, what went wrong or "", steps)."""
     simulation = Simulation(seed)
     try:
         simulation.run()
@@ -595,46 +460,44 @@ def _try(seed: int) -> tuple[int, str, int]:
     return seed, "", simulation.num_steps
 
 
-def try_seeds(seeds: range, num_processes: int) -> Iterator[tuple[int, str, int]]:
-    """(seed, error or "", steps) of each, as they come in."""
-    if num_processes == 1:
-        yield from map(_try, seeds)
-        return
+def try_seeds(seeds: range, num_processes: int) -> bool:
+    """Live them all, telling how it goes; whether all went well."""
+    began = last_told = time.perf_counter()
+    num_steps = num_failed = 0
     with multiprocessing.Pool(num_processes) as pool:
-        yield from pool.imap_unordered(_try, seeds, chunksize=50)
+        lives = pool.imap_unordered(try_seed, seeds, chunksize=20)
+        for done, (seed, error, steps) in enumerate(lives, 1):
+            num_steps += steps
+            if error:
+                num_failed += 1
+                print(f"seed {seed}: {error}\n    {replay_command(seed)}", flush=True)
+            now = time.perf_counter()
+            if now - last_told > 5 or done == len(seeds):
+                last_told = now
+                print(
+                    f"{done:,} of {len(seeds):,} seeds, {num_steps:,} steps, {num_failed} failed, "
+                    f"{done / (now - began):,.0f} seeds/s",
+                    flush=True,
+                )
+    return not num_failed
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nbengine.core.simulate")
-    parser.add_argument("--seeds", type=int, default=1000, help="how many lives")
+    parser.add_argument("--seeds", type=int, default=2000, help="how many lives")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--seed", type=int, help="live this one, and print its steps")
+    parser.add_argument("--seed", type=int, help="live this one only, and print its steps")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args(arguments)
+    if not __debug__:
+        parser.error("the invariants are assertions, which python -O leaves out")
     if options.seed is not None:
         simulation = Simulation(options.seed, watch=lambda _, record: print(record))
         print(simulation.config, simulation.faults, sep="\n")
         simulation.run()
         return 0
-
-    began = time.perf_counter()
-    failed: list[int] = []
-    num_steps = 0
     seeds = range(options.first, options.first + options.seeds)
-    for done, (seed, error, steps) in enumerate(try_seeds(seeds, options.processes), 1):
-        num_steps += steps
-        if error:
-            failed.append(seed)
-            print(f"\rseed {seed}: {error}\n  again: {replay_command(seed)}")
-        if done % 100 == 0 or done == len(seeds):
-            rate = done / (time.perf_counter() - began)
-            print(
-                f"\r{done:,} of {len(seeds):,} seeds, {num_steps:,} steps, {len(failed)} failed, "
-                f"{rate:,.0f} seeds/s",
-                end="", flush=True, file=sys.stderr,
-            )  # fmt: skip
-    print(file=sys.stderr)
-    return 1 if failed else 0
+    return 0 if try_seeds(seeds, options.processes) else 1
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 The decoder calls `write_kv` and `paged_attention` once a layer. What is the same for all layers
 (which cache rows to gather, which of them are masked) is worked out by the first layer of a step
-and kept on the batch. Decodes of similar length are gathered together and computed with a few
-large operations; a sequence with more than one query row (a prefill chunk) is computed alone.
+and kept on the batch. Decodes in float32 on a CPU go to the compiled kernel (`nbengine.cpu`), which
+reads the blocks where they lie; elsewhere those of similar length are gathered together and computed
+with a few large operations. A sequence with more than one query row (a prefill chunk) is computed
+alone.
 
 Invariant: nothing but a sequence's own first `seq_len` slots reaches its result. Slots beyond them
 may hold anything, NaN included, so they are cut off or zeroed; a zero probability alone would not
@@ -12,6 +14,7 @@ do (0 * NaN is NaN).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,13 +22,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from nbengine.cpu import kernels
 from nbengine.execution.batch import Batch
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Put k and v `[T, kv_heads, head_dim]` into the slots `[T]` of the caches
     `[num_blocks, kv_heads, block_size, head_dim]`, in the caches' dtype."""
-    block_size = k_cache.shape[2]
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    native = _native(k_cache, k)
+    if native is not None and _native(v_cache, v):
+        native.write_kv(
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            k.shape[0],
+            kv_heads,
+            block_size,
+            head_dim,
+        )
+        return
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
     v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
@@ -48,16 +68,71 @@ def paged_attention(
     softcap * tanh(scores / softcap). Returns `[T, num_heads, head_dim]` in q's dtype; the sums are
     in q's dtype, the softmax in float32.
     """
-    kv_heads = k_cache.shape[1]
     plan = batch.attention_plans.get(window)
     if plan is None:
-        plan = _make_plan(batch, kv_heads, k_cache.shape[2], window)
+        native = _native(k_cache, q)
+        plan = _make_plan(batch, k_cache.shape[1], k_cache.shape[2], window, native)
         batch.attention_plans[window] = plan
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for part in plan:
-        k, v = part.gather(k_cache, q.dtype), part.gather(v_cache, q.dtype)
-        part.attend(q, k, v, scale, softcap, out)
+        part.attend(q, k_cache, v_cache, scale, softcap, out)
     return out
+
+
+def _native(cache: Tensor, x: Tensor) -> ctypes.CDLL | None:
+    """The compiled kernels, where they serve this cache and x `[T, heads, head_dim]`, which may be
+    a slice of wider rows."""
+    if (
+        cache.dtype == x.dtype == torch.float32
+        and cache.is_cpu
+        and cache.is_contiguous()
+        and x.stride(2) == 1
+        and x.stride(1) == x.shape[2]
+    ):
+        return kernels()
+    return None
+
+
+@dataclass(slots=True)
+class _NativeDecodes:
+    """Sequences with one query row each, for the compiled kernel."""
+
+    native: ctypes.CDLL
+    rows: Tensor  # [S]: their rows in the batch
+    seq_lens: Tensor  # [S]
+    block_tables: Tensor  # [S, max_blocks]
+    window: int | None
+
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        softcap: float | None,
+        out: Tensor,
+    ) -> None:
+        _, kv_heads, block_size, head_dim = k_cache.shape
+        self.native.attend_decodes(
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            len(self.rows),
+            self.rows.data_ptr(),
+            self.seq_lens.data_ptr(),
+            self.block_tables.data_ptr(),
+            self.block_tables.shape[1],
+            q.shape[1],
+            kv_heads,
+            block_size,
+            head_dim,
+            scale,
+            self.window or 0,
+            softcap or 0.0,
+            torch.get_num_threads(),
+        )
 
 
 @dataclass(slots=True)
@@ -76,8 +151,15 @@ class _Decodes:
         return found.view(len(self.rows), cache.shape[1], -1, cache.shape[3]).to(dtype)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, out: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        softcap: float | None,
+        out: Tensor,
     ) -> None:
+        k, v = self.gather(k_cache, q.dtype), self.gather(v_cache, q.dtype)
         num_seqs, kv_heads, length, head_dim = k.shape
         mine = q.index_select(0, self.rows).view(num_seqs * kv_heads, -1, head_dim)
         scores = torch.bmm(mine * scale, k.flatten(0, 1).transpose(1, 2))
@@ -102,8 +184,15 @@ class _Chunk:
         return found.view(1, cache.shape[1], -1, cache.shape[3])[:, :, : self.seq_len].to(dtype)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, out: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        softcap: float | None,
+        out: Tensor,
     ) -> None:
+        k, v = self.gather(k_cache, q.dtype), self.gather(v_cache, q.dtype)
         mine = q[self.start : self.start + self.num_rows].transpose(0, 1).unsqueeze(0)
         if softcap is None:
             found = scaled_dot_product_attention(
@@ -134,14 +223,26 @@ def _softmax(scores: Tensor, hidden: Tensor, softcap: float | None) -> Tensor:
 
 
 def _make_plan(
-    batch: Batch, kv_heads: int, block_size: int, window: int | None
-) -> list[_Decodes | _Chunk]:
+    batch: Batch, kv_heads: int, block_size: int, window: int | None, native: ctypes.CDLL | None
+) -> list[_NativeDecodes | _Decodes | _Chunk]:
     device = batch.block_tables.device
     heads = torch.arange(kv_heads, device=device)
     seq_lens = [past + new for past, new in zip(batch.context_lens, batch.query_lens, strict=True)]
-    plan: list[_Decodes | _Chunk] = []
+    plan: list[_NativeDecodes | _Decodes | _Chunk] = []
 
     decodes = [i for i, n in enumerate(batch.query_lens) if n == 1]
+    if decodes and native is not None:
+        members = torch.tensor(decodes)
+        plan.append(
+            _NativeDecodes(
+                native=native,
+                rows=batch.query_start_loc[members],
+                seq_lens=batch.seq_lens[members],
+                block_tables=batch.block_tables[members],
+                window=window,
+            )
+        )
+        decodes = []
     for group in _of_similar_length(decodes, seq_lens):
         members = torch.tensor(group, device=device)
         lengths = batch.seq_lens[members]  # [S]

@@ -7,7 +7,7 @@
 // moment.
 
 const GAP = 1;
-const MIN_CELL = 4;
+const MIN_CELL = 3;
 const MAX_CELL = 26;
 const MAP_HEIGHT = 230;
 const RING_MS = 450;

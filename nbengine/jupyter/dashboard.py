@@ -88,6 +88,7 @@ class Dashboard:
             with contextlib.suppress(Exception):  # the kernel may be shutting down
                 for handle in self._displays:
                     handle.update(self._still("closed"), raw=True)
+            self._widget.layout.close()  # a widget of its own, with a comm of its own
             self._widget.close()
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nbengine.core.records import Cause, StepRecord, Wait
+from nbengine.core.records import StepRecord, Wait
 from nbengine.core.request import Status
 from nbengine.core.snapshot import SequenceView, Snapshot
 from nbengine.engine import Engine
@@ -119,7 +119,7 @@ class Frame:
             return f"waits: {wait.cause}" if not wait.got else f"slowed: {wait.cause}"
         if seq.status is Status.RUNNING:
             return ""
-        head = next((w for w in waits.values() if not w.got and w.cause is not Cause.BEHIND), None)
+        head = next((w for w in waits.values() if not w.got), None)
         if head is not None and any(head.seq_id == s.seq_id for s in self.snapshot.waiting):
             return f"waits behind {head.seq_id}"
         return "waits for the next step"

@@ -11,40 +11,18 @@ a CPU each costs a microsecond or more whatever its size, and a step has some fi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding
 
 from nbengine.execution.attention import paged_attention, write_kv
 from nbengine.execution.batch import Batch
 from nbengine.execution.kv_cache import KVCache
 from nbengine.models.config import ModelConfig
 from nbengine.models.linear import Linear
-
-
-class RmsNorm:
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), over the last dimension.
-
-    With n values, sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n * eps)) / sqrt(n): four operations,
-    computed in float32 whatever the dtype of x. `weight` may have leading dimensions of its own,
-    one set of weights per head.
-    """
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        n = weight.shape[-1]
-        self.scaled_weight = weight.float() * math.sqrt(n)
-        self.floor = torch.tensor(math.sqrt(n * eps), dtype=torch.float32, device=weight.device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(norm, self.floor)).mul_(self.scaled_weight).to(x.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.scaled_weight.nbytes
+from nbengine.models.ops import RmsNorm, rotate, silu_and_mul
 
 
 @dataclass(slots=True)
@@ -105,12 +83,10 @@ class Decoder:
         The final norm is left to `compute_logits`, which few of the rows need.
         """
         x = embedding(batch.token_ids, self.embedding)
-        cos_sin = self.rope[batch.positions].unsqueeze(2)  # [T, 2, 1, head_dim]
-        cos, sin = cos_sin[:, 0], cos_sin[:, 1]
+        cos_sin = self.rope[batch.positions]  # [T, 2, head_dim]
         for layer, k_cache, v_cache in zip(self.layers, kv_cache.k, kv_cache.v, strict=True):
-            x += self._attention(layer, x, cos, sin, batch, k_cache, v_cache)
-            gate, up = layer.gate_up(layer.post_attention_norm(x)).chunk(2, dim=-1)
-            x += layer.down(silu(gate).mul_(up))
+            x += self._attention(layer, x, cos_sin, batch, k_cache, v_cache)
+            x += layer.down(silu_and_mul(layer.gate_up(layer.post_attention_norm(x))))
         return x
 
     @torch.inference_mode()
@@ -122,8 +98,7 @@ class Decoder:
         self,
         layer: Layer,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos_sin: Tensor,
         batch: Batch,
         k_cache: Tensor,
         v_cache: Tensor,
@@ -135,7 +110,7 @@ class Decoder:
         qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
         if layer.qk_norm is not None:
             qk = layer.qk_norm(qk)
-        qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, dims=-1), sin)
+        qk = rotate(qk, cos_sin)
         q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
         write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
         scale = config.head_dim**-0.5

@@ -1,13 +1,30 @@
-"""The weight-matrix seam: a linear is called with x `[T, in]` and returns `[T, out]`."""
+"""The weight-matrix seam: a linear is called with x `[T, in]` and returns `[T, out]`.
+
+`make_linear` takes a float weight and may quantise it; `make_linear_from_gguf` keeps the 4-bit
+codes, scales and minima of a GGUF file as they are. Quantisation is of weights alone: no scale is
+shared between rows of x, so a row's result depends on that row and on nothing else in the batch.
+
+On a CPU the compiled kernels (`nbengine.cpu`) do the work. Without them torch's int4pack and
+int8pack operations do, with x rounded to bfloat16, the one dtype in which those are fast.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-import gguf
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
+
+from nbengine.cpu import kernels
+from nbengine.errors import InvalidField
+
+GROUP = 32
+"""Input features that share a scale and a minimum in 4 bits: those of GGUF's Q4_0 and Q4_1."""
+
+_MAX_KERNEL_ROWS = 16
+"""Rows of a float32 x up to which the compiled kernel beats torch's, which is made for many."""
 
 
 class Linear(Protocol):
@@ -23,14 +40,74 @@ class Linear(Protocol):
         ...
 
 
+def make_linear(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    quantization: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Linear:
+    """From a weight `[out, in]` and a bias `[out]`.
+
+    `quantization`: None keeps `dtype` (and the very tensor, if that is its dtype); "int8" rounds
+    each row to 8 bits with one scale; "int4" rounds each row's groups of 32 to 4 bits with a scale
+    and a minimum. Raises `InvalidField` for any other, and for a quantised weight that is not on a
+    CPU.
+    """
+    if quantization is None:
+        return DenseLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
+    if quantization not in ("int8", "int4"):
+        raise InvalidField("quantization", quantization, "must be None, 'int8' or 'int4'")
+    weight = weight.float()
+    if quantization == "int8":
+        scale = weight.abs().amax(dim=1).div_(127)  # [out]
+        codes = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
+        return Int8Linear(codes.to(torch.int8), scale, bias)
+    groups = pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    low, high = groups.aminmax(dim=-1)  # [out, groups]
+    scale = (high - low).div_(15).half()
+    minimum = low.half()
+    step = scale.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    codes = ((groups - minimum.float()[..., None]) / step).round_().clamp_(0, 15)
+    return Int4Linear(codes.to(torch.uint8), scale, minimum, bias, weight.shape[1])
+
+
+def make_linear_from_gguf(
+    blocks: Tensor, quant_type: str, bias: Tensor | None, dtype: torch.dtype
+) -> Linear:
+    """From raw GGUF blocks: uint8 `[out, bytes per row]` of type "Q4_0" (a float16 scale and 32
+    codes, weight = scale * (code - 8)) or "Q4_1" (with a float16 minimum, weight = scale * code +
+    minimum). A block's byte i holds code i in its low half and code i + 16 in its high half."""
+    num_scales = {"Q4_0": 1, "Q4_1": 2}[quant_type]
+    blocks = blocks.unflatten(1, (-1, 2 * num_scales + GROUP // 2))
+    scales = blocks[..., : 2 * num_scales].contiguous().view(torch.float16)  # [out, groups, n]
+    packed = blocks[..., 2 * num_scales :]
+    codes = torch.cat((packed & 15, packed >> 4), dim=-1)
+    minimum = scales[..., 1] if quant_type == "Q4_1" else scales[..., 0] * -8
+    return Int4Linear(codes, scales[..., 0], minimum, bias, codes.shape[1] * GROUP)
+
+
 class DenseLinear:
-    """x @ weight.T + bias in the weight's own dtype."""
+    """x @ weight.T + bias in the weight's own dtype, on any device."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
+        fits = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
+        self._kernels = kernels() if fits else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if self._kernels is None or x.shape[0] > _MAX_KERNEL_ROWS:
+            return linear(x, self.weight, self.bias)
+        x = x.contiguous()
+        out = x.new_empty(x.shape[0], self.weight.shape[0])
+        self._kernels.linear_float32(
+            x.data_ptr(),
+            x.shape[0],
+            self.weight.data_ptr(),
+            *self.weight.shape,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out if self.bias is None else out.add_(self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -40,20 +117,134 @@ class DenseLinear:
         return self.weight.data_ptr() == tensor.data_ptr()
 
 
-def make_linear(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    quantization: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Linear:
-    """From a weight `[out, in]`; a dense one of the right dtype is kept, not copied."""
-    return DenseLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
+class Int8Linear:
+    """weight = scale * code, with one float32 scale for each row of codes int8 `[out, in]`."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        _must_be_on_cpu(codes, "int8")
+        self.out_features, self.in_features = codes.shape
+        self.bias = None if bias is None else bias.float()
+        self._kernels = kernels()
+        if self._kernels is None:
+            # Whole vectors only: torch's kernel reads beyond the end of other shapes.
+            rows = -len(codes) % 32
+            self.codes = pad(codes, (0, -self.in_features % 32, 0, rows)).contiguous()
+            self.scale = pad(scale, (0, rows)).bfloat16()
+        else:
+            tile, strip = self._kernels.tile_rows(), self._kernels.strip_rows()
+            self.codes = _pack_int8(pad(codes, (0, 0, 0, -len(codes) % strip)), tile)
+            self.scale = pad(scale.float(), (0, -len(codes) % strip))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._kernels is None:
+            rounded = pad(x.bfloat16(), (0, -self.in_features % 32)).contiguous()
+            y = torch._weight_int8pack_mm(rounded, self.codes, self.scale)[:, : self.out_features]
+        else:
+            y = _call(self._kernels.linear_int8, x, self)
+        return _finish(y, self.bias, x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.codes, self.scale, self.bias)
+
+    def shares(self, tensor: Tensor) -> bool:
+        return False
 
 
-def make_linear_from_gguf(
-    blocks: Tensor, quant_type: str, bias: Tensor | None, dtype: torch.dtype
-) -> Linear:
-    """From raw GGUF blocks: uint8 `[out, bytes per row]` of type "Q4_0" or "Q4_1"."""
-    kind = gguf.GGMLQuantizationType[quant_type]
-    weight = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), kind))
-    return make_linear(weight, bias, None, dtype)
+class Int4Linear:
+    """weight = scale * code + minimum, with a float16 scale and minimum `[out, groups]` for each
+    row's groups of 32 codes 0..15, uint8 `[out, groups, 32]`."""
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None, in_features: int
+    ) -> None:
+        _must_be_on_cpu(codes, "int4")
+        self.out_features, self.in_features = codes.shape[0], in_features
+        self.bias = None if bias is None else bias.float()
+        self._kernels = kernels()
+        if self._kernels is None:
+            # torch wants out to be a multiple of 16, and weight = scale * (code - 8) + zero
+            rows = -self.out_features % 16
+            codes = pad(codes.flatten(1), (0, 0, 0, rows)).int()
+            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            zero = minimum.float() + 8 * scale.float()
+            scale = torch.stack((scale.float(), zero), dim=-1).bfloat16()  # [out, groups, 2]
+            self.scale = pad(scale, (0, 0, 0, 0, 0, rows)).transpose(0, 1).contiguous()
+        else:
+            tile, rows = self._kernels.tile_rows(), -len(codes) % self._kernels.strip_rows()
+            self.codes = _pack_int4(pad(codes, (0, 0, 0, 0, 0, rows)), tile)
+            scales = torch.stack((scale, minimum), dim=-1).half()  # [out, groups, 2]
+            self.scale = _pack_scales(pad(scales, (0, 0, 0, 0, 0, rows)), tile)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._kernels is None:
+            rounded = pad(x.bfloat16(), (0, -self.in_features % GROUP)).contiguous()
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, self.codes, GROUP, self.scale)
+            y = y[:, : self.out_features]
+        else:
+            y = _call(self._kernels.linear_int4, x, self)
+        return _finish(y, self.bias, x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.codes, self.scale, self.bias)
+
+    def shares(self, tensor: Tensor) -> bool:
+        return False
+
+
+def _call(function: Callable[..., None], x: Tensor, weight: Int4Linear | Int8Linear) -> Tensor:
+    x = x.to(torch.float32).contiguous()
+    out = x.new_empty(x.shape[0], weight.out_features)
+    function(
+        x.data_ptr(),
+        x.shape[0],
+        weight.codes.data_ptr(),
+        weight.scale.data_ptr(),
+        weight.out_features,
+        weight.in_features,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _must_be_on_cpu(codes: Tensor, quantization: str) -> None:
+    if not codes.is_cpu:
+        raise InvalidField(
+            "quantization", quantization, f"runs on a CPU, not on {codes.device}: leave it out"
+        )
+
+
+# The layouts of cpu/kernels.cpp. Rows are interleaved in tiles of as many as a vector has 32-bit
+# lanes, and padded to whole strips of tiles; a lane's 32 bits hold consecutive codes of its row, the
+# first of each pair of codes in the low 16 bits and the second in the high 16.
+
+
+def _pack_int8(codes: Tensor, tile: int) -> Tensor:
+    """int8 `[out, in]` -> `[tiles, groups, 8, tile, 2, 2]`."""
+    codes = pad(codes, (0, -codes.shape[1] % GROUP))
+    lanes = codes.view(codes.shape[0] // tile, tile, -1, 8, 2, 2)  # .., vector, pair, which
+    return lanes.permute(0, 2, 3, 1, 5, 4).contiguous()
+
+
+def _pack_int4(codes: Tensor, tile: int) -> Tensor:
+    """uint8 `[out, groups, 32]` -> `[tiles, groups, 4, tile, 2, 2]`."""
+    lanes = codes.view(
+        -1, tile, codes.shape[1], 4, 2, 2, 2
+    )  # .., vector, pair // 2, pair % 2, which
+    packed = lanes[..., 0, :] | (lanes[..., 1, :] << 4)  # .., vector, pair // 2, which
+    return packed.permute(0, 2, 3, 1, 5, 4).contiguous()
+
+
+def _pack_scales(scales: Tensor, tile: int) -> Tensor:
+    """float16 `[out, groups, 2]` -> `[tiles, groups, 2, tile]`."""
+    return scales.view(-1, tile, *scales.shape[1:]).permute(0, 2, 3, 1).contiguous()

@@ -147,16 +147,15 @@ def resolve_dtype(
     quantization: str | None,
     device: torch.device,
 ) -> torch.dtype:
-    """The dtype of activations and KV cache. "auto": on a CPU float32, or bfloat16 beside
-    quantised weights, whose kernels are fast with it alone; elsewhere what the checkpoint was
-    saved in, and bfloat16 in place of float32."""
+    """The dtype of activations and KV cache. "auto": on a CPU float32; elsewhere what the
+    checkpoint was saved in, and bfloat16 in place of float32."""
     if quantization not in (None, "int8", "int4"):
         raise InvalidField("quantization", quantization, "must be None, 'int8' or 'int4'")
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         if device.type == "cpu":
-            return torch.bfloat16 if quantization else torch.float32
+            return torch.float32
         return torch.float16 if config.dtype == "float16" else torch.bfloat16
     if dtype not in _DTYPES:
         raise InvalidField("dtype", dtype, "must be auto, float32, bfloat16 or float16")

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from nbengine.errors import WeightsError
 from nbengine.models.config import ModelConfig
-from nbengine.models.decoder import Decoder, Layer, RmsNorm
+from nbengine.models.decoder import Decoder, Layer
 from nbengine.models.linear import DenseLinear, Linear, make_linear, make_linear_from_gguf
+from nbengine.models.ops import RmsNorm
 from nbengine.models.rope import rope_table
 
 Quantization = Literal["int8", "int4"]

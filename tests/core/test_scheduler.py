@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from nbengine.core.records import Cause, Phases
 from nbengine.core.request import Status
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
+from nbengine.core.scheduler import SchedulerConfig
 from nbengine.errors import CacheBusy, InvalidRequest, RequestTooLarge, UnknownRequest
 
 
@@ -174,6 +176,32 @@ class TestPreemption:
         records = b.run()
         assert [p.mode for r in records for p in r.preempted] == ["recompute"]
 
+    def test_recompute_keeps_generated_tokens_and_repeats_none(self, bench):
+        b, _, second = self.two_of_80_in_10_blocks(bench)
+        b.step()
+        first_token = second.sequences[0].output_token_ids
+        records = b.run()
+        assert second.sequences[0].output_token_ids[:1] == first_token
+        assert sum("req-1" in r.sampled for r in records) == 7
+        # 80 + 7 of the first; of the second 80, then all 81 again but 64 cached ones, then 6.
+        assert b.executor.num_computed == {"req-0": 87, "req-1": 80 + (81 - 64) + 6}
+
+    def test_a_preempted_prompt_takes_up_no_seat_and_no_block(self, bench):
+        b, _, second = self.two_of_80_in_10_blocks(bench)
+        b.step()
+        b.step()
+        assert second.sequences[0].block_table == []
+        assert b.scheduler.num_seats_taken == 1
+        assert b.scheduler.waiting == second.sequences
+
+    def test_nobody_is_admitted_into_blocks_that_were_just_taken_from_another(self, bench):
+        b, *_ = self.two_of_80_in_10_blocks(bench)
+        b.add(4)
+        b.step()
+        record = b.step()
+        assert not record.admitted
+        assert (record.waits[-1].cause, record.waits[-1].behind) == (Cause.PREEMPTION, "req-0")
+
 
 class TestForks:
     def test_samples_share_the_prompt_and_copy_only_the_partly_filled_block(self, bench):
@@ -299,6 +327,36 @@ class TestPolicies:
         assert b.step().preempted[0].seq_id == "req-0"
 
 
+class TestRunningOrder:
+    def test_a_running_sequence_without_budget_says_so_and_goes_on_later(self, bench):
+        b = bench(num_blocks=100, max_num_batched_tokens=8)
+        for _ in range(10):
+            b.add(1, max_tokens=4)
+        b.step()
+        b.step()
+        record = b.step()
+        starved = [w.seq_id for w in record.waits if w.cause is Cause.TOKEN_BUDGET]
+        assert starved == ["req-8"], "8 run; the head of the queue finds no token left"
+        b.run()
+
+    def test_a_dynamic_policy_is_asked_in_every_step(self, bench):
+        class Favourite:
+            dynamic = True
+            name = "req-0"
+
+            def rank(self, sequence):
+                return sequence.seq_id != self.name
+
+        policy = Favourite()
+        b = bench(policy, num_blocks=100, max_num_seqs=1)
+        for _ in range(4):
+            b.add(1, max_tokens=2)
+        b.step()
+        policy.name = "req-2"
+        records = b.run()
+        assert [a.seq_id for r in records for a in r.admitted] == ["req-2", "req-1", "req-3"]
+
+
 class TestPoliciesThatFail:
     """A policy is a user's code: what it raises changes nothing."""
 
@@ -363,6 +421,63 @@ class TestPoliciesThatFail:
 
 
 class TestLimits:
+    @pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
+    def test_block_sizes(self, bench, size):
+        b = bench(num_blocks=4, block_size=size)
+        b.add([7] * (2 * size + 1), max_tokens=4)
+        assert [len(m.blocks) for m in b.step().allocated] == [3]
+        b.run()
+        again = b.add([7] * (2 * size + 1), max_tokens=4)
+        b.run()
+        assert again.sequences[0].num_cached_tokens == 2 * size
+
+    def test_blocks_hold_16_tokens_unless_told_otherwise(self):
+        assert SchedulerConfig(num_blocks=1).block_size == 16
+
+    def test_without_chunking_a_request_must_fit_one_step_even_when_it_is_recomputed(self, bench):
+        b = bench(num_blocks=100, max_num_batched_tokens=64, enable_chunked_prefill=False)
+        with pytest.raises(RequestTooLarge, match="may come to 65 tokens") as refusal:
+            b.add(60, max_tokens=6)
+        assert (refusal.value.needed, refusal.value.available) == (65, 64)
+        b.add(60, max_tokens=5)
+        b.run()
+
+    def test_an_empty_prompt_is_refused(self, bench):
+        with pytest.raises(InvalidRequest, match="empty"):
+            bench(num_blocks=100).add([])
+
+    @pytest.mark.parametrize("mode", ["recompute", "swap"])
+    @pytest.mark.parametrize("moment", range(14))
+    def test_abort_at_any_moment_frees_all_it_held_and_disturbs_nobody(self, bench, moment, mode):
+        """Samples, beams and plain requests in few blocks: some wait, some are swapped out."""
+
+        def begin():
+            b = bench(num_blocks=9, block_size=8, preemption_mode=mode, num_host_blocks=6)
+            kinds = [
+                SamplingParams(n=3, max_tokens=9, seed=1),
+                BeamSearchParams(beam_width=2, max_tokens=9),
+                SamplingParams(max_tokens=9),
+            ]
+            return b, [b.add(20, params=params) for params in kinds]
+
+        calm, expected = begin()
+        calm.run()
+        for victim in range(3):
+            b, lives = begin()
+            for _ in range(moment):
+                if b.scheduler.has_work:
+                    b.step()
+            name = f"req-{victim}"
+            if name in b.scheduler.live:
+                ended = b.scheduler.abort(name)
+                assert {seq.finish_reason for seq in ended} == {"abort"}
+                held = {x for s in b.scheduler.running for x in s.block_table}
+                assert b.scheduler.pool.num_held == len(held)
+            b.run()
+            assert b.scheduler.pool.num_held == b.scheduler.host_pool.num_held == 0
+            for k in {0, 2} - {victim}:
+                assert outputs(lives[k]) == outputs(expected[k])
+
     @pytest.mark.parametrize("request_id", ["req-0", "a#1"])
     def test_an_id_in_use_or_like_that_of_a_sample_is_refused(self, bench, request_id):
         b = bench(num_blocks=100)
@@ -482,3 +597,40 @@ class TestFaults:
         expected = calm.add(40, params=SamplingParams(n=2, max_tokens=6, seed=3))
         calm.run()
         assert outputs(live) == outputs(expected)
+
+
+class TestState:
+    def test_a_copy_of_the_scheduler_goes_on_alone_and_to_the_same_end(self, bench):
+        """State is explicit: what a copy does touches nothing of the original."""
+        b = bench(num_blocks=9, block_size=8, preemption_mode="swap", num_host_blocks=6)
+        b.add(20, params=SamplingParams(n=3, max_tokens=9, seed=1))
+        b.add(20, params=BeamSearchParams(beam_width=2, max_tokens=9))
+        for _ in range(4):
+            b.step()
+        twin = copy.deepcopy(b)
+        first = [r.sampled for r in twin.run()]
+        second = [r.sampled for r in b.run()]
+        assert first == second and first
+
+    def test_records_of_equal_runs_are_equal(self, bench):
+        def records():
+            b = bench(num_blocks=10)
+            b.scheduler.clock = iter(range(100)).__next__
+            b.add(80)
+            b.add(80)
+            return b.run()
+
+        assert records() == records()
+
+    def test_a_record_reads_as_a_sentence(self, bench):
+        b = bench(num_blocks=10)
+        b.add(80)
+        b.add(80)
+        b.step()
+        record = b.step()
+        assert str(record) == (
+            "step 2: 1/2048 tokens; req-0 1; preempted req-1 for req-0 (recompute, 80 tokens lost);"
+            " req-1 computed nothing: blocks ran out in this step (req-0 took some), so nobody was "
+            "admitted"
+        )
+        assert "req-1" in record._repr_html_()

@@ -109,11 +109,21 @@ MUTATIONS = {
         "plan.copies.append((source, destination))",
         "pass",
     ),
-    "a block is cached one token early": (
+    "a block is cached before it is full": (
         Scheduler.commit,
-        "self._cache_full_blocks(seq, before // size, computed // size)",
-        "self._cache_full_blocks(seq, before // size, min(-(-computed // size), "
-        "len(seq.contents)))",
+        "self._cache_full_blocks(seq, (computed - n) // size, computed // size)",
+        "self._cache_full_blocks(seq, (computed - n) // size, "
+        "min(-(-computed // size), len(seq.contents)))",
+    ),
+    "a beam that ended with its sibling goes on": (
+        Scheduler.commit,
+        "if seq.status is not running:",
+        "if False:",
+    ),
+    "a search that has failed is advanced": (
+        Scheduler.commit,
+        "if not live.is_finished:",
+        "if True:",
     ),
     "abort forgets to release": (
         Scheduler.finish,
