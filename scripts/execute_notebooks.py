@@ -62,6 +62,7 @@ def executed(saved: NotebookNode) -> NotebookNode:
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
         store_widget_state=False,
+        extra_arguments=["--log-level=ERROR"],
     )
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
     return notebook
