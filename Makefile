@@ -23,11 +23,9 @@ demo:  ## eight conversations batched through paged KV blocks, live in the termi
 	$(SET_UP)
 	@$(RUN) -m nbengine.demo
 
-test:  ## everything that must hold: lint, types, simulation, tests, notebooks, packages
+test:  ## everything that must hold: lint, types, tests, 2,000 simulated lives, notebooks, packages
 	$(SET_UP) --extras notebook,test
 	@$(MAKE) --no-print-directory lint VENV="$(VENV)"
-	@echo "== simulation: $(SEEDS) seeds"
-	@$(RUN) -m nbengine.core.simulate --seeds $(SEEDS)
 	@echo "== tests, notebooks, packages"
 	@$(PYTEST)
 
