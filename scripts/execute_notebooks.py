@@ -25,7 +25,7 @@ SECONDS_FOR_A_NOTEBOOK = 120
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"file_extension": ".py", "name": "python"},
+    "language_info": {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"},
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DECIMALS = re.compile(r"\d[\d,]*\.\d+(?:e[-+]\d+)?")
