@@ -493,14 +493,15 @@ class Scheduler:
                 continue  # it ended with a sibling beam that failed
             seq_id = seq.seq_id
             seq.num_computed_tokens = computed = seq.num_computed_tokens + n
-            if seq_id in errors:
+            if errors and seq_id in errors:
                 self._fail(seq, str(errors[seq_id]))
                 continue
             if caching and computed % size < n:  # the step filled a block, or several
                 self._cache_full_blocks(seq, (computed - n) // size, computed // size)
-            if computed < len(seq.tokens):
+            known = seq.tokens
+            if computed < len(known):
                 continue
-            if seq_id in candidates:
+            if candidates and seq_id in candidates:
                 seq.candidates = candidates[seq_id]
                 beams[seq.request.request_id] = self.live[seq.request.request_id]
                 continue
@@ -512,10 +513,11 @@ class Scheduler:
             if seq.pending_forks:
                 advanced += self._fork_samples(seq, tokens)
                 continue
-            sampled[seq_id] = token = tokens[0]
-            seq.tokens.append(token)
+            (token,) = tokens
+            sampled[seq_id] = token
+            known.append(token)
             request = seq.request
-            if token in request.stop_token_ids or len(seq.tokens) >= request.max_total_tokens:
+            if token in request.stop_token_ids or len(known) >= request.max_total_tokens:
                 self._check_stop(seq, token)
         for live in beams.values():
             if not live.is_finished:  # by an error of another of its beams

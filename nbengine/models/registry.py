@@ -107,7 +107,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     quantization: Quantization | None = None,
-    device: str | torch.device = "auto",
+    device: str | torch.device = "cpu",
     max_model_len: int | None = None,
 ) -> Decoder:
     """Load a model by name or path.
