@@ -30,6 +30,7 @@ copyright = author
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["generated/*"]
 html_theme = "furo"
+html_static_path, html_css_files = ["static"], ["wide.css"]
 html_title = "nbengine"
 html_show_copyright = html_show_sphinx = html_copy_source = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
@@ -41,7 +42,6 @@ default_role = "code"  # the docstrings' single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True}
-autodoc_mock_imports: list[str] = []
 napoleon_use_ivar = True
 # Long unions of prompt types are aliases in the code, and so they are here.
 autodoc_type_aliases = {"Prompt": "Prompt", "Params": "Params", "Seq": "Sequence"}
@@ -73,7 +73,9 @@ def write_generated() -> None:
 
 def table(headers: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     lines = [headers, tuple("---" for _ in headers), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in lines)
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in lines
+    )
 
 
 def settings() -> Iterator[tuple[str, ...]]:
