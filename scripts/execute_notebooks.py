@@ -28,7 +28,8 @@ METADATA = {
     "language_info": {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"},
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
-DECIMALS = re.compile(r"\d[\d,]*\.\d+(?:e[-+]\d+)?")
+DECIMALS = re.compile(r"\d[\d,]*\.\d+(?:e[-+]\d+)?|(?<= ) +")
+"""And the spaces that line them up."""
 
 
 def main() -> int:
