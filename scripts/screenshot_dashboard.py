@@ -54,7 +54,7 @@ def main() -> None:
         try:
             browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
             page = browser.new_page(
-                viewport={"width": 1180, "height": 1400}, device_scale_factor=1.5
+                viewport={"width": 1180, "height": 1400}, device_scale_factor=1.25
             )
             page.set_default_timeout(600_000)
             notebook = NotebookPage(lab, page, SOURCES, name="dashboard.ipynb")

@@ -231,10 +231,13 @@ def _output_of(engine: Engine, name: str) -> RequestOutput | None:
 
 def _tokens_per_second(engine: Engine) -> float:
     now, history = engine.clock(), engine.history
+    if not len(history):
+        return 0.0
+    window = max(SPEED_WINDOW, 4 * history[-1].phases.total)  # a few steps, if steps are slow
     num_tokens, since = 0, now
-    for k in range(1, len(history) + 1):
+    for k in range(1, min(1000, len(history)) + 1):
         record = history[-k]
-        if now - record.time > SPEED_WINDOW or k > 1000:
+        if now - record.time > window:
             break
         num_tokens += len(record.sampled)
         since = record.time

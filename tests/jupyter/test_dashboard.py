@@ -114,6 +114,26 @@ def test_requests_that_ended_between_two_frames_stay_to_be_read(make_engine: Mak
     assert again == finished
 
 
+def test_tokens_a_second_are_counted_over_slow_steps_and_fall_to_nothing_when_idle(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine()
+    now = 0.0
+    engine.clock = lambda: now
+    engine.scheduler.clock = engine.clock
+    engine.add_request("a b c", SamplingParams(max_tokens=10, n=2))
+
+    def three_seconds() -> None:
+        nonlocal now
+        now += 3.0
+
+    engine.runner.on_compute = three_seconds
+    engine.run(5)
+    assert gather(engine).tokens_per_second == pytest.approx(2 / 3)
+    now += 60
+    assert gather(engine).tokens_per_second == 0
+
+
 def test_a_failed_run_is_kept_as_text_and_keeps_no_engine_alive(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.add_request("a b c")
