@@ -33,18 +33,65 @@ FLAGS = (
 )
 
 _LONG, _POINTER, _FLOAT, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+
+
+class Matrix(ctypes.Structure):
+    """A weight matrix `[out, in]` as the kernels see it: addresses of memory that the caller
+    keeps. `kind` is the bits of a weight."""
+
+    _fields_ = (
+        ("kind", _LONG),
+        ("codes", _POINTER),
+        ("scales", _POINTER),
+        ("bias", _POINTER),
+        ("out_features", _LONG),
+        ("in_features", _LONG),
+    )
+
+
+class Layer(ctypes.Structure):
+    """One transformer block and its KV cache, for `decode`."""
+
+    _fields_ = (
+        ("qkv", Matrix),
+        ("o", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("input_norm", _POINTER),
+        ("post_attention_norm", _POINTER),
+        ("qk_norm", _POINTER),
+        ("k_cache", _POINTER),
+        ("v_cache", _POINTER),
+        ("window", _LONG),
+    )
+
+
+class Shape(ctypes.Structure):
+    """What all layers have in common, for `decode`."""
+
+    _fields_ = (
+        ("hidden", _LONG),
+        ("intermediate", _LONG),
+        ("heads", _LONG),
+        ("kv_heads", _LONG),
+        ("head_dim", _LONG),
+        ("block_size", _LONG),
+        ("eps", _FLOAT),
+        ("scale", _FLOAT),
+    )
+
+
 _SIGNATURES: dict[str, list[Any]] = {
     "tile_rows": [],
     "strip_rows": [],
-    "linear_int4": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
-    "linear_int8": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
-    "linear_float32": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT],
+    "linear": [_POINTER, _POINTER, _LONG, _POINTER, _INT],
     "rms_norm": [_POINTER, _LONG, _POINTER, _FLOAT] + [_LONG] * 3 + [_POINTER, _INT],
     "rotate": [_POINTER, _LONG, _POINTER] + [_LONG] * 3 + [_POINTER, _INT],
     "silu_and_mul": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "write_kv": [_POINTER, _LONG] * 2 + [_POINTER] * 3 + [_LONG] * 4,
     "attend_decodes": [_POINTER, _LONG] + [_POINTER] * 3 + [_LONG] + [_POINTER] * 3 + [_LONG] * 5
     + [_FLOAT, _LONG, _FLOAT, _INT],
+    "decode": [_POINTER, _LONG] + [_POINTER] * 6 + [_LONG, _LONG, _INT],
 }  # fmt: skip
 
 _log = logging.getLogger(__name__)

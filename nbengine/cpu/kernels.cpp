@@ -1,11 +1,15 @@
-// CPU kernels of the decode step: matrices in 8 and 4 bits, float32 matrices with few rows of
-// input, and attention of single query rows through block tables. A plain C interface, compiled by
-// build.py for the machine it runs on and called by models/linear.py and execution/attention.py.
+// CPU kernels in float32: matrices in 8 and 4 bits and in float32 with few rows of input, the small
+// operations between them, attention of single query rows through block tables, and all of a decode
+// step as one call. A plain C interface, compiled by nbengine/cpu/__init__.py for the machine it
+// runs on and called by models/linear.py, models/ops.py, models/decode.py, execution/attention.py.
 //
 // The trick of the quantised matrices: a row of input becomes 16-bit integers with one scale for
 // each 32 of its own values (15 significant bits against bfloat16's 8), so that products are exact
 // integer sums, two to an instruction and lane, and a weight costs one shift and one mask to
 // unpack. Sums over 32 values fit 32 bits: 32 * 2^15 * 2^7 = 2^27.
+//
+// Functions of the unnamed namespace that have an `omp for` are called by all threads of a team,
+// which share their work; outside a parallel region they are plain loops.
 //
 // Invariant: a row of output depends on its own row of input alone, to the last bit; the number of
 // rows and of threads changes neither the values nor the order in which they are added.
@@ -34,7 +38,8 @@ constexpr int kMaxRows = 4;
 constexpr int64_t kFewRows = 4;  // up to which threads cost more than they give to cheap operations
 constexpr int64_t kGroup = 32;                 // values of input that share a scale
 constexpr int64_t kLanes = VECTOR_BYTES / 4;  // rows of weight that are interleaved: a tile
-constexpr int kTiles = 2;                     // tiles at a time; weights are padded to whole strips
+constexpr int kTiles = 2;  // tiles at a time: a strip; weights are padded to whole strips
+constexpr int64_t kStrip = kTiles * kLanes;
 
 typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
@@ -127,6 +132,14 @@ struct Input {  // [rows][groups]
   std::vector<int16_t> codes;
   std::vector<float> scale;
   std::vector<float> sum;  // of the group's values, as its codes stand for them
+
+  void make_room(int64_t rows, int64_t size) {
+    const size_t groups = rows * ((size + kGroup - 1) / kGroup);
+    if (scale.size() >= groups) return;
+    codes.resize(groups * kGroup);
+    scale.resize(groups);
+    sum.resize(groups);
+  }
 };
 
 void quantize(const float* x, int64_t begin, int64_t end, int64_t size, Input& to) {
@@ -193,91 +206,177 @@ void multiply(const Input& x, int64_t row, int64_t groups, const ints* codes, co
   }
 }
 
-struct Weight {
-  const void* codes;
-  const uint16_t* scales;   // Int4: float16 [tile][group][scale, minimum][row]
-  const float* row_scales;  // Int8: [whole strips]
+// A weight matrix [out, in]; mirrored by nbengine.cpu.Matrix.
+struct Matrix {
+  int64_t kind;         // bits of a weight: 4, 8 or 32
+  const void* codes;    // 32: float32 [out, in]; else as the format says
+  const void* scales;   // 4: float16 [tile][group][scale, minimum][row]; 8: float32 [whole strips]
+  const float* bias;    // [out], or null
   int64_t out_features, in_features;
+
+  int64_t groups() const { return (in_features + kGroup - 1) / kGroup; }
+
+  // one output, or what is added to one
+  void store(float value, int64_t row, int64_t column, float* out, bool add) const {
+    float& to = out[row * out_features + column];
+    if (bias) value += bias[column];
+    to = add ? to + value : value;
+  }
 };
 
 template <class Format, int Rows>
-void strip(const Input& x, int64_t row, const Weight& w, int64_t tile, float* out) {
-  const int64_t groups = (w.in_features + kGroup - 1) / kGroup;
+void strip(const Input& x, int64_t row, const Matrix& w, int64_t tile, float* out, bool add) {
   floats result[Rows][kTiles] = {};
-  multiply<Format, Rows>(x, row, groups,
-                         (const ints*)w.codes + tile * groups * Format::vectors,
-                         w.scales + tile * groups * Format::scales, result);
+  multiply<Format, Rows>(x, row, w.groups(),
+                         (const ints*)w.codes + tile * w.groups() * Format::vectors,
+                         (const uint16_t*)w.scales + tile * w.groups() * Format::scales, result);
   for (int m = 0; m < Rows; m++)
     for (int t = 0; t < kTiles; t++) {
-      const int64_t first = (tile + t) * kLanes;
+      const int64_t first = (tile + t) * kLanes, last = std::min(first + kLanes, w.out_features);
       floats y = result[m][t];
-      if (w.row_scales) y *= load<floats>(w.row_scales + first);
-      const int64_t count = std::min(kLanes, w.out_features - first);
-      if (count > 0) std::memcpy(out + (row + m) * w.out_features + first, &y, count * sizeof(float));
+      if (!Format::scales) y *= load<floats>((const float*)w.scales + first);
+      if (last - first == kLanes) {
+        float* to = out + (row + m) * w.out_features + first;
+        if (w.bias) y += load<floats>(w.bias + first);
+        if (add) y += load<floats>(to);
+        std::memcpy(to, &y, sizeof(y));
+      } else {
+        for (int64_t i = first; i < last; i++) w.store(y[i - first], row + m, i, out, add);
+      }
     }
 }
 
 template <class Format, int Rows = kMaxRows>
-void all_rows(const Input& x, int64_t begin, int64_t end, const Weight& w, int64_t tile, float* out) {
-  for (; begin + Rows <= end; begin += Rows) strip<Format, Rows>(x, begin, w, tile, out);
-  if constexpr (Rows > 1) all_rows<Format, Rows - 1>(x, begin, end, w, tile, out);
-}
-
-template <class Format>
-void linear(const float* x, int64_t rows, const Weight& w, float* out, int threads) {
-  static thread_local Input kept;
-  Input& input = kept;  // the caller's, in every thread below
-  const int64_t groups = rows * ((w.in_features + kGroup - 1) / kGroup);
-  input.codes.resize(groups * kGroup);
-  input.scale.resize(groups);
-  input.sum.resize(groups);
-  if (rows <= 16) quantize(x, 0, groups, w.in_features, input);
-  const int64_t tiles = (w.out_features + kLanes - 1) / kLanes;
-#pragma omp parallel num_threads(threads)
-  {
-    if (rows > 16) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < groups; i++) quantize(x, i, i + 1, w.in_features, input);
-    }
-#pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < tiles; tile += kTiles)
-      all_rows<Format>(input, 0, rows, w, tile, out);
-  }
+void all_rows(const Input& x, int64_t begin, int64_t end, const Matrix& w, int64_t tile, float* out,
+              bool add) {
+  for (; begin + Rows <= end; begin += Rows) strip<Format, Rows>(x, begin, w, tile, out, add);
+  if constexpr (Rows > 1) all_rows<Format, Rows - 1>(x, begin, end, w, tile, out, add);
 }
 
 // float32: `Rows` rows of x by `Outputs` rows of weight [out, in], sums in 16 lanes.
 template <int Rows, int Outputs>
-void dense_block(const float* x, int64_t size, const float* weight, float* out, int64_t stride) {
+void dense_block(const float* x, int64_t row, const Matrix& w, int64_t column, float* out,
+                 bool add) {
+  const int64_t size = w.in_features;
+  const float* weight = (const float*)w.codes + column * size;
+  x += row * size;
   floats sum[Rows][Outputs] = {};
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
-    floats w[Outputs];
+    floats values[Outputs];
 #pragma GCC unroll 4
-    for (int n = 0; n < Outputs; n++) w[n] = load<floats>(weight + n * size + k);
+    for (int n = 0; n < Outputs; n++) values[n] = load<floats>(weight + n * size + k);
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; m++) {
       const floats value = load<floats>(x + m * size + k);
 #pragma GCC unroll 4
-      for (int n = 0; n < Outputs; n++) sum[m][n] += value * w[n];
+      for (int n = 0; n < Outputs; n++) sum[m][n] += value * values[n];
     }
   }
   for (int m = 0; m < Rows; m++)
     for (int n = 0; n < Outputs; n++) {
       float y = total(sum[m][n]);
       for (int64_t rest = k; rest < size; rest++) y += x[m * size + rest] * weight[n * size + rest];
-      out[m * stride + n] = y;
+      w.store(y, row + m, column + n, out, add);
     }
 }
 
 template <int Outputs>
-void dense_rows(const float* x, int64_t rows, int64_t size, const float* weight, float* out,
-                int64_t stride) {
+void dense_rows(const float* x, int64_t rows, const Matrix& w, int64_t column, float* out,
+                bool add) {
   int64_t m = 0;
   for (; m + kMaxRows <= rows; m += kMaxRows)
-    dense_block<kMaxRows, Outputs>(x + m * size, size, weight, out + m * stride, stride);
-  for (; m < rows; m++)
-    dense_block<1, Outputs>(x + m * size, size, weight, out + m * stride, stride);
+    dense_block<kMaxRows, Outputs>(x, m, w, column, out, add);
+  for (; m < rows; m++) dense_block<1, Outputs>(x, m, w, column, out, add);
 }
+
+template <class Format>
+void multiply_quantized(const Matrix& w, const float* x, int64_t rows, float* out, bool add,
+                        Input& input) {
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < rows * w.groups(); i++) quantize(x, i, i + 1, w.in_features, input);
+#pragma omp for schedule(static)
+  for (int64_t strip = 0; strip < (w.out_features + kStrip - 1) / kStrip; strip++)
+    all_rows<Format>(input, 0, rows, w, strip * kTiles, out, add);
+}
+
+// out = (add ? out : 0) + x w^T + bias, by a team of threads. `input` has room for rows of x.
+void multiply(const Matrix& w, const float* x, int64_t rows, float* out, bool add, Input& input) {
+  if (w.kind == 4) return multiply_quantized<Int4>(w, x, rows, out, add, input);
+  if (w.kind == 8) return multiply_quantized<Int8>(w, x, rows, out, add, input);
+  constexpr int outputs = 3;  // 8 rows by 3 outputs are 24 of 32 vector registers
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < (w.out_features + outputs - 1) / outputs; n++) {
+    const int64_t begin = n * outputs, end = begin + outputs;
+    if (end <= w.out_features) {
+      dense_rows<outputs>(x, rows, w, begin, out, add);
+    } else {
+      for (int64_t last = begin; last < w.out_features; last++)
+        dense_rows<1>(x, rows, w, last, out, add);
+    }
+  }
+}
+
+// x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [rows, sets, size], a row every
+// `stride` floats, with one weight for each set; out is contiguous, and may be x.
+void norm(const float* x, int64_t stride, const float* weight, float eps, int64_t rows,
+          int64_t sets, int64_t size, float* out, int64_t out_stride) {
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < rows * sets; i++) {
+    const float* from = x + i / sets * stride + i % sets * size;
+    const float* scale = weight + i % sets * size;
+    float* to = out + i / sets * out_stride + i % sets * size;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < size; j++) sum += from[j] * from[j];
+    const float factor = 1.0f / std::sqrt(sum / (float)size + eps);
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) to[j] = from[j] * factor * scale[j];
+  }
+}
+
+// Rotary embedding of one row of heads [heads, size] by cos_sin [2, size], where the first half of
+// the sines is negative; out is another place.
+void rotate_row(const float* x, const float* cos, int64_t heads, int64_t size, float* out) {
+  const float* sin = cos + size;
+  const int64_t half = size / 2;
+  for (int64_t h = 0; h < heads; h++, x += size, out += size) {
+#pragma omp simd
+    for (int64_t j = 0; j < half; j++) {
+      out[j] = x[j] * cos[j] + x[j + half] * sin[j];
+      out[j + half] = x[j + half] * cos[j + half] + x[j] * sin[j + half];
+    }
+  }
+}
+
+// silu(gate) * up, where a row of x [rows, 2 * size] is gate and then up.
+void gate(const float* x, int64_t rows, int64_t size, float* out) {
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < rows; i++) {
+    const float *gate = x + 2 * i * size, *up = gate + size;
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) {
+      const float sigmoid = 1.0f / (1.0f + exponential(-gate[j]));
+      out[i * size + j] = gate[j] * sigmoid * up[j];
+    }
+  }
+}
+
+// A KV cache of one layer: k and v [blocks, kv_heads, block_size, head_dim].
+struct Cache {
+  float *k, *v;
+  int64_t kv_heads, block_size, head_dim;
+
+  // one token's k and v [kv_heads, head_dim]
+  void write(const float* key, const float* value, int64_t slot) const {
+    const int64_t block = slot / block_size, offset = slot % block_size;
+    for (int64_t h = 0; h < kv_heads; h++) {
+      const int64_t to = ((block * kv_heads + h) * block_size + offset) * head_dim;
+      std::memcpy(k + to, key + h * head_dim, head_dim * sizeof(float));
+      std::memcpy(v + to, value + h * head_dim, head_dim * sizeof(float));
+    }
+  }
+};
 
 // One query row of the heads that share a KV head.
 struct Attention {
@@ -353,133 +452,151 @@ struct Attention {
   }
 };
 
-}  // namespace
-
-extern "C" {
-
-int64_t tile_rows() { return kLanes; }
-
-int64_t strip_rows() { return kLanes * kTiles; }
-
-void linear_int4(const float* x, int64_t rows, const void* codes, const uint16_t* scales,
-                 int64_t out_features, int64_t in_features, float* out, int threads) {
-  linear<Int4>(x, rows, {codes, scales, nullptr, out_features, in_features}, out, threads);
-}
-
-void linear_int8(const float* x, int64_t rows, const void* codes, const float* scales,
-                 int64_t out_features, int64_t in_features, float* out, int threads) {
-  linear<Int8>(x, rows, {codes, nullptr, scales, out_features, in_features}, out, threads);
-}
-
-// x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [rows, sets, size], a row every
-// `stride` floats, with one weight for each set; out is contiguous.
-void rms_norm(const float* x, int64_t stride, const float* weight, float eps, int64_t rows,
-              int64_t sets, int64_t size, float* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > kFewRows)
-  for (int64_t i = 0; i < rows * sets; i++) {
-    const float* from = x + i / sets * stride + i % sets * size;
-    const float* scale = weight + i % sets * size;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < size; j++) sum += from[j] * from[j];
-    const float factor = 1.0f / std::sqrt(sum / (float)size + eps);
-#pragma omp simd
-    for (int64_t j = 0; j < size; j++) out[i * size + j] = from[j] * factor * scale[j];
-  }
-}
-
-// Rotary embedding of x [rows, heads, size], a row every `stride` floats, by cos_sin
-// [rows, 2, size], where the first half of the sines is negative; out is contiguous.
-void rotate(const float* x, int64_t stride, const float* cos_sin, int64_t rows, int64_t heads,
-            int64_t size, float* out, int threads) {
-  const int64_t half = size / 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > kFewRows)
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t h = 0; h < heads; h++) {
-      const float *from = x + i * stride + h * size, *cos = cos_sin + 2 * i * size, *sin = cos + size;
-      float* to = out + (i * heads + h) * size;
-#pragma omp simd
-      for (int64_t j = 0; j < half; j++) {
-        to[j] = from[j] * cos[j] + from[j + half] * sin[j];
-        to[j + half] = from[j + half] * cos[j + half] + from[j] * sin[j + half];
-      }
-    }
-}
-
-// silu(gate) * up, where a row of x [rows, 2 * size] is gate and then up.
-void silu_and_mul(const float* x, int64_t rows, int64_t size, float* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > kFewRows)
-  for (int64_t i = 0; i < rows; i++) {
-    const float *gate = x + 2 * i * size, *up = gate + size;
-#pragma omp simd
-    for (int64_t j = 0; j < size; j++) {
-      const float sigmoid = 1.0f / (1.0f + exponential(-gate[j]));
-      out[i * size + j] = gate[j] * sigmoid * up[j];
-    }
-  }
-}
-
-// x [rows, in] by weight [out, in], float32; meant for few rows, where it reads weight once
-void linear_float32(const float* x, int64_t rows, const float* weight, int64_t out_features,
-                    int64_t in_features, float* out, int threads) {
-  constexpr int outputs = 3;  // 8 rows by 3 outputs are 24 of 32 vector registers
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t n = 0; n < out_features; n += outputs) {
-    if (n + outputs <= out_features) {
-      dense_rows<outputs>(x, rows, in_features, weight + n * in_features, out + n, out_features);
-    } else {
-      for (int64_t last = n; last < out_features; last++)
-        dense_rows<1>(x, rows, in_features, weight + last * in_features, out + last, out_features);
-    }
-  }
-}
-
-// k and v [rows, kv_heads, head_dim], a row every k_stride and v_stride floats, into slots of the
-// caches [blocks, kv_heads, block_size, head_dim].
-void write_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* k_cache,
-              float* v_cache, const int64_t* slots, int64_t rows, int64_t kv_heads,
-              int64_t block_size, int64_t head_dim) {
-  for (int64_t i = 0; i < rows; i++) {
-    const int64_t block = slots[i] / block_size, offset = slots[i] % block_size;
-    for (int64_t h = 0; h < kv_heads; h++) {
-      const int64_t to = ((block * kv_heads + h) * block_size + offset) * head_dim;
-      std::memcpy(k_cache + to, k + i * k_stride + h * head_dim, head_dim * sizeof(float));
-      std::memcpy(v_cache + to, v + i * v_stride + h * head_dim, head_dim * sizeof(float));
-    }
-  }
-}
-
-// One query row for each sequence. q and out: [*, heads, head_dim], a row of q every `stride`
-// floats; the row of sequence s is query_rows[s]. Caches as above; tables: [sequences,
-// table_stride]. window and softcap: 0 for none. A slot that is not read may hold anything.
-void attend_decodes(const float* q, int64_t stride, const float* k, const float* v, float* out,
-                    int64_t sequences, const int64_t* query_rows, const int64_t* seq_lens,
-                    const int64_t* tables, int64_t table_stride, int64_t heads, int64_t kv_heads,
-                    int64_t block_size, int64_t head_dim, float scale, int64_t window,
-                    float softcap, int threads) {
-  const int64_t group = heads / kv_heads;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+// Row s of q and out [*, heads, head_dim] for sequence s, or row rows[s] if rows are given; a row of
+// q every `stride` floats; tables [sequences, table_stride]. window and softcap: 0 for none.
+void attend(const float* q, int64_t stride, const Cache& cache, float* out, int64_t sequences,
+            const int64_t* rows, const int64_t* seq_lens, const int64_t* tables,
+            int64_t table_stride, int64_t heads, float scale, int64_t window, float softcap) {
+  const int64_t kv_heads = cache.kv_heads, dim = cache.head_dim, group = heads / kv_heads;
+#pragma omp for schedule(dynamic)
   for (int64_t task = 0; task < sequences * kv_heads; task++) {
-    const int64_t s = task / kv_heads, kv_head = task % kv_heads;
+    const int64_t s = task / kv_heads, kv_head = task % kv_heads, row = rows ? rows[s] : s;
     const Attention attention{
-        q + query_rows[s] * stride + kv_head * group * head_dim,
-        k + kv_head * block_size * head_dim,
-        v + kv_head * block_size * head_dim,
-        out + (query_rows[s] * heads + kv_head * group) * head_dim,
+        q + row * stride + kv_head * group * dim,
+        cache.k + kv_head * cache.block_size * dim,
+        cache.v + kv_head * cache.block_size * dim,
+        out + (row * heads + kv_head * group) * dim,
         tables + s * table_stride,
-        kv_heads * block_size * head_dim,
-        block_size,
+        kv_heads * cache.block_size * dim,
+        cache.block_size,
         window > 0 ? std::max(seq_lens[s] - window, (int64_t)0) : 0,
         seq_lens[s],
         group,
         scale,
         softcap,
     };
-    switch (head_dim) {  // a width known to the compiler keeps a head's row in registers
-      case 64: attention.run<64>(head_dim); break;
-      case 128: attention.run<128>(head_dim); break;
-      default: attention.run<0>(head_dim);
+    switch (dim) {  // a width known to the compiler keeps a head's row in registers
+      case 64: attention.run<64>(dim); break;
+      case 128: attention.run<128>(dim); break;
+      default: attention.run<0>(dim);
     }
+  }
+}
+
+// One transformer block, mirrored by nbengine.cpu.Layer.
+struct Layer {
+  Matrix qkv, o, gate_up, down;
+  const float *input_norm, *post_attention_norm;  // [hidden]
+  const float* qk_norm;                           // [heads + kv_heads, head_dim], or null
+  float *k_cache, *v_cache;
+  int64_t window;  // or 0
+};
+
+// Mirrored by nbengine.cpu.Shape.
+struct Shape {
+  int64_t hidden, intermediate, heads, kv_heads, head_dim, block_size;
+  float eps, scale;
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t tile_rows() { return kLanes; }
+
+int64_t strip_rows() { return kStrip; }
+
+// out = x w^T + bias, x [rows, in]
+void linear(const Matrix* w, const float* x, int64_t rows, float* out, int threads) {
+  static thread_local Input kept;
+  Input& input = kept;  // the caller's, in every thread below
+  if (w->kind != 32) input.make_room(rows, w->in_features);
+#pragma omp parallel num_threads(threads)
+  multiply(*w, x, rows, out, false, input);
+}
+
+void rms_norm(const float* x, int64_t stride, const float* weight, float eps, int64_t rows,
+              int64_t sets, int64_t size, float* out, int threads) {
+#pragma omp parallel num_threads(threads) if (rows > kFewRows)
+  norm(x, stride, weight, eps, rows, sets, size, out, sets * size);
+}
+
+// x [rows, heads, size], a row every `stride` floats; cos_sin [rows, 2, size]; out contiguous
+void rotate(const float* x, int64_t stride, const float* cos_sin, int64_t rows, int64_t heads,
+            int64_t size, float* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > kFewRows)
+  for (int64_t i = 0; i < rows; i++)
+    rotate_row(x + i * stride, cos_sin + 2 * i * size, heads, size, out + i * heads * size);
+}
+
+void silu_and_mul(const float* x, int64_t rows, int64_t size, float* out, int threads) {
+#pragma omp parallel num_threads(threads) if (rows > kFewRows)
+  gate(x, rows, size, out);
+}
+
+// k and v [rows, kv_heads, head_dim], a row every k_stride and v_stride floats
+void write_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* k_cache,
+              float* v_cache, const int64_t* slots, int64_t rows, int64_t kv_heads,
+              int64_t block_size, int64_t head_dim) {
+  const Cache cache{k_cache, v_cache, kv_heads, block_size, head_dim};
+  for (int64_t i = 0; i < rows; i++) cache.write(k + i * k_stride, v + i * v_stride, slots[i]);
+}
+
+// A slot that is not read may hold anything.
+void attend_decodes(const float* q, int64_t stride, float* k, float* v, float* out,
+                    int64_t sequences, const int64_t* query_rows, const int64_t* seq_lens,
+                    const int64_t* tables, int64_t table_stride, int64_t heads, int64_t kv_heads,
+                    int64_t block_size, int64_t head_dim, float scale, int64_t window,
+                    float softcap, int threads) {
+  const Cache cache{k, v, kv_heads, block_size, head_dim};
+#pragma omp parallel num_threads(threads)
+  attend(q, stride, cache, out, sequences, query_rows, seq_lens, tables, table_stride, heads, scale,
+         window, softcap);
+}
+
+// All layers for one token of each of `rows` sequences. x [rows, hidden]: embeddings, replaced by
+// the last layer's output. One parallel region: its threads meet at barriers, and nothing else
+// stands between two matrices.
+void decode(const Layer* layers, int64_t num_layers, const Shape* shape, float* x,
+            const float* cos_sin, const int64_t* slots, const int64_t* seq_lens,
+            const int64_t* tables, int64_t table_stride, int64_t rows, int threads) {
+  static thread_local Input kept_input;
+  static thread_local std::vector<float> kept;
+  const int64_t hidden = shape->hidden, intermediate = shape->intermediate;
+  const int64_t heads = shape->heads, kv_heads = shape->kv_heads, dim = shape->head_dim;
+  const float eps = shape->eps;
+  const int64_t rotated_heads = heads + kv_heads, stride = (rotated_heads + kv_heads) * dim;
+  const int64_t q_size = heads * dim, rotated_size = rotated_heads * dim;
+  Input& input = kept_input;
+  input.make_room(rows, std::max({hidden, intermediate, q_size}));
+  kept.resize(rows * (hidden + stride + rotated_size + q_size + 3 * intermediate));
+  float* normed = kept.data();
+  float* qkv = normed + rows * hidden;
+  float* rotated = qkv + rows * stride;
+  float* attended = rotated + rows * rotated_size;
+  float* gate_up = attended + rows * q_size;
+  float* gated = gate_up + rows * 2 * intermediate;
+
+#pragma omp parallel num_threads(threads)
+  for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
+    const Cache cache{layer->k_cache, layer->v_cache, kv_heads, shape->block_size, dim};
+    norm(x, hidden, layer->input_norm, eps, rows, 1, hidden, normed, hidden);
+    multiply(layer->qkv, normed, rows, qkv, false, input);
+    if (layer->qk_norm) norm(qkv, stride, layer->qk_norm, eps, rows, rotated_heads, dim, qkv, stride);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+      const float* from = qkv + i * stride;
+      float* to = rotated + i * rotated_size;
+      rotate_row(from, cos_sin + 2 * i * dim, rotated_heads, dim, to);
+      cache.write(to + q_size, from + rotated_size, slots[i]);
+    }
+    attend(rotated, rotated_size, cache, attended, rows, nullptr, seq_lens, tables, table_stride,
+           heads, shape->scale, layer->window, 0.0f);
+    multiply(layer->o, attended, rows, x, true, input);
+    norm(x, hidden, layer->post_attention_norm, eps, rows, 1, hidden, normed, hidden);
+    multiply(layer->gate_up, normed, rows, gate_up, false, input);
+    gate(gate_up, rows, intermediate, gated);
+    multiply(layer->down, gated, rows, x, true, input);
   }
 }
 

@@ -11,7 +11,8 @@ a CPU each costs a microsecond or more whatever its size, and a step has some fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from nbengine.execution.attention import paged_attention, write_kv
 from nbengine.execution.batch import Batch
 from nbengine.execution.kv_cache import KVCache
 from nbengine.models.config import ModelConfig
+from nbengine.models.decode import CompiledDecode
 from nbengine.models.linear import Linear
 from nbengine.models.ops import RmsNorm, rotate, silu_and_mul
 
@@ -55,6 +57,10 @@ class Decoder:
     norm: RmsNorm
     head: Linear  # [vocab, hidden]
     rope: Tensor  # [max_positions, 2, head_dim], see rope_table
+    _compiled: tuple[weakref.ref[KVCache], CompiledDecode | None] | None = field(
+        default=None, init=False, repr=False
+    )
+    """For the cache of the last decode step."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,6 +90,10 @@ class Decoder:
         """
         x = embedding(batch.token_ids, self.embedding)
         cos_sin = self.rope[batch.positions]  # [T, 2, head_dim]
+        if batch.max_query_len == 1:
+            compiled = self._compiled_for(kv_cache)
+            if compiled is not None:
+                return compiled(x, cos_sin, batch)
         for layer, k_cache, v_cache in zip(self.layers, kv_cache.k, kv_cache.v, strict=True):
             x += self._attention(layer, x, cos_sin, batch, k_cache, v_cache)
             x += layer.down(silu_and_mul(layer.gate_up(layer.post_attention_norm(x))))
@@ -93,6 +103,11 @@ class Decoder:
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
         """float32 `[R, vocab]` of rows `[R, hidden]` that `forward` returned."""
         return self.head(self.norm(hidden_rows)).float()
+
+    def _compiled_for(self, kv_cache: KVCache) -> CompiledDecode | None:
+        if self._compiled is None or self._compiled[0]() is not kv_cache:
+            self._compiled = weakref.ref(kv_cache), CompiledDecode.of(self, kv_cache)
+        return self._compiled[1]
 
     def _attention(
         self,

@@ -10,14 +10,14 @@ int8pack operations do, with x rounded to bfloat16, the one dtype in which those
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from ctypes import CDLL, byref
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from nbengine.cpu import kernels
+from nbengine.cpu import Matrix, kernels
 from nbengine.errors import InvalidField
 
 GROUP = 32
@@ -34,6 +34,11 @@ class Linear(Protocol):
     def nbytes(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+    @property
+    def matrix(self) -> Matrix | None:
+        """The weight as the compiled kernels see it, where they serve it."""
+        ...
 
     def shares(self, tensor: Tensor) -> bool:
         """Whether the weight is this very tensor (a tied embedding)."""
@@ -93,21 +98,14 @@ class DenseLinear:
         self.weight, self.bias = weight, bias
         fits = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
         self._kernels = kernels() if fits else None
+        self.matrix: Matrix | None = None
+        if self._kernels is not None:
+            self.matrix = _matrix(32, weight, None, bias, *weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._kernels is None or x.shape[0] > _MAX_KERNEL_ROWS:
+        if self._kernels is None or self.matrix is None or x.shape[0] > _MAX_KERNEL_ROWS:
             return linear(x, self.weight, self.bias)
-        x = x.contiguous()
-        out = x.new_empty(x.shape[0], self.weight.shape[0])
-        self._kernels.linear_float32(
-            x.data_ptr(),
-            x.shape[0],
-            self.weight.data_ptr(),
-            *self.weight.shape,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out if self.bias is None else out.add_(self.bias)
+        return _multiply(self._kernels, self.matrix, x)
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +122,7 @@ class Int8Linear:
         _must_be_on_cpu(codes, "int8")
         self.out_features, self.in_features = codes.shape
         self.bias = None if bias is None else bias.float()
+        self.matrix: Matrix | None = None
         self._kernels = kernels()
         if self._kernels is None:
             # Whole vectors only: torch's kernel reads beyond the end of other shapes.
@@ -134,14 +133,14 @@ class Int8Linear:
             tile, strip = self._kernels.tile_rows(), self._kernels.strip_rows()
             self.codes = _pack_int8(pad(codes, (0, 0, 0, -len(codes) % strip)), tile)
             self.scale = pad(scale.float(), (0, -len(codes) % strip))
+            self.matrix = _matrix(8, self.codes, self.scale, self.bias, *codes.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._kernels is None:
-            rounded = pad(x.bfloat16(), (0, -self.in_features % 32)).contiguous()
-            y = torch._weight_int8pack_mm(rounded, self.codes, self.scale)[:, : self.out_features]
-        else:
-            y = _call(self._kernels.linear_int8, x, self)
-        return _finish(y, self.bias, x.dtype)
+        if self._kernels is not None and self.matrix is not None:
+            return _multiply(self._kernels, self.matrix, x)
+        rounded = pad(x.bfloat16(), (0, -self.in_features % 32)).contiguous()
+        y = torch._weight_int8pack_mm(rounded, self.codes, self.scale)[:, : self.out_features]
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +160,7 @@ class Int4Linear:
         _must_be_on_cpu(codes, "int4")
         self.out_features, self.in_features = codes.shape[0], in_features
         self.bias = None if bias is None else bias.float()
+        self.matrix: Matrix | None = None
         self._kernels = kernels()
         if self._kernels is None:
             # torch wants out to be a multiple of 16, and weight = scale * (code - 8) + zero
@@ -175,15 +175,17 @@ class Int4Linear:
             self.codes = _pack_int4(pad(codes, (0, 0, 0, 0, 0, rows)), tile)
             scales = torch.stack((scale, minimum), dim=-1).half()  # [out, groups, 2]
             self.scale = _pack_scales(pad(scales, (0, 0, 0, 0, 0, rows)), tile)
+            self.matrix = _matrix(
+                4, self.codes, self.scale, self.bias, self.out_features, in_features
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._kernels is None:
-            rounded = pad(x.bfloat16(), (0, -self.in_features % GROUP)).contiguous()
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, self.codes, GROUP, self.scale)
-            y = y[:, : self.out_features]
-        else:
-            y = _call(self._kernels.linear_int4, x, self)
-        return _finish(y, self.bias, x.dtype)
+        if self._kernels is not None and self.matrix is not None:
+            return _multiply(self._kernels, self.matrix, x)
+        rounded = pad(x.bfloat16(), (0, -self.in_features % GROUP)).contiguous()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, self.codes, GROUP, self.scale)
+        y = y[:, : self.out_features]
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -193,24 +195,26 @@ class Int4Linear:
         return False
 
 
-def _call(function: Callable[..., None], x: Tensor, weight: Int4Linear | Int8Linear) -> Tensor:
-    x = x.to(torch.float32).contiguous()
-    out = x.new_empty(x.shape[0], weight.out_features)
-    function(
-        x.data_ptr(),
-        x.shape[0],
-        weight.codes.data_ptr(),
-        weight.scale.data_ptr(),
-        weight.out_features,
-        weight.in_features,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+def _matrix(
+    kind: int,
+    codes: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Matrix:
+    def address(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    return Matrix(kind, address(codes), address(scales), address(bias), out_features, in_features)
 
 
-def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (y if bias is None else y + bias).to(dtype)
+def _multiply(native: CDLL, matrix: Matrix, x: Tensor) -> Tensor:
+    values = x.to(torch.float32).contiguous()
+    rows = values.shape[0]
+    out = torch.empty(rows, matrix.out_features)
+    native.linear(byref(matrix), values.data_ptr(), rows, out.data_ptr(), torch.get_num_threads())
+    return out.to(x.dtype)
 
 
 def _nbytes(*tensors: Tensor | None) -> int:
