@@ -65,7 +65,9 @@ def write_generated() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        shutil.copy(notebook, lessons)
+        # One folder deeper than in the repository: links into docs/ become shorter.
+        text = notebook.read_text().replace("](../docs/", "](../")
+        (lessons / notebook.name).write_text(text)
     (generated / "settings.md").write_text(table(("Field", "Default", "Meaning"), settings()))
     (generated / "magics.md").write_text(table(("Magic", "What it does"), magics()))
     (generated / "errors.md").write_text(table(("Error", "Also a", "Raised for"), error_classes()))

@@ -35,19 +35,35 @@ def test_readme_begins_with_the_two_commands() -> None:
     assert re.findall(r"^\$ (.*?)\s+#", first_block, re.MULTILINE) == ["make demo", "make test"]
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
-    example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def run(example: str, folder: Path) -> str:
+    """What `example` prints, in a Python of its own."""
     ran = subprocess.run(
         [sys.executable, "-c", example],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "Paris" in ran.stdout
-    assert "req-1: running" in ran.stdout
+    return ran.stdout
+
+
+def python_of(page: Path) -> str:
+    """All the Python of a page, one block after the other."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    printed = run(python_of(ROOT / "README.md"), tmp_path)
+    assert "Paris" in printed
+    assert "req-1: running" in printed
+
+
+def test_the_examples_of_the_quick_start_run(tmp_path: Path) -> None:
+    assert "running, 5 of 6 tokens computed" in run(
+        python_of(ROOT / "docs" / "quickstart.md"), tmp_path
+    )
 
 
 def test_every_setting_has_a_meaning_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
