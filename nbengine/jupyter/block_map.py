@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import re
 import zlib
+from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ MAX_CELLS = 2048
 """Blocks that a still picture draws one by one; beyond, a cell stands for several."""
 
 _COLUMNS = 64
+_GREY = "#8a8a8a"
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -141,8 +143,7 @@ def block_map_text(snapshot: Snapshot) -> str:
 
 
 def block_map_svg(snapshot: Snapshot) -> str:
-    """The map as one SVG element. Neutral lines take the text's colour, so that it fits a light
-    and a dark page."""
+    """The map as one SVG element. Neutral lines are of a grey that fits a light and a dark page."""
     cells, _ = _cells(snapshot)
     size = 18 if len(cells) <= 256 else 10 if len(cells) <= 1024 else 7
     columns = 32 if len(cells) <= 256 else _COLUMNS
@@ -171,8 +172,8 @@ def block_map_svg(snapshot: Snapshot) -> str:
                     f"{escape(short_name(cell.owner))}</text>"
                 )
     parts = [
-        f'<path d="{"".join(free)}" fill="none" stroke="currentColor" stroke-opacity=".25"/>',
-        f'<path d="{"".join(cached)}" fill="none" stroke="currentColor" stroke-opacity=".6"/>',
+        f'<path d="{"".join(free)}" fill="none" stroke="{_GREY}" stroke-opacity=".45"/>',
+        f'<path d="{"".join(cached)}" fill="none" stroke="{_GREY}"/>',
         *(f'<path d="{"".join(d)}" fill="{colour}"/>' for colour, d in sorted(solid.items())),
         f'<path d="{"".join(shared)}" stroke="#fff" stroke-width="{max(2, size // 6)}"/>',
         f'<g fill="#fff" font-size="9" text-anchor="middle" font-family="sans-serif">'
@@ -180,19 +181,21 @@ def block_map_svg(snapshot: Snapshot) -> str:
     ]
     width, height = columns * size + 2, rows * size + 2
     return (
-        f'<svg role="img" aria-label="KV blocks: {escape(counts_line(snapshot))}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="KV blocks: {escape(counts_line(snapshot))}" '
         f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'style="max-width:100%;height:auto">{"".join(parts)}</svg>'
     )
 
 
 def block_map_html(snapshot: Snapshot) -> str:
-    """The picture with its counts and legend."""
+    """The picture with its counts and legend. The picture is an image and no inline SVG, which
+    JupyterLab strips from a notebook that was not run on this machine."""
     _, per_cell = _cells(snapshot)
     note = f" One cell stands for {per_cell} blocks." if per_cell > 1 else ""
+    picture = b64encode(block_map_svg(snapshot).encode()).decode()
     return (
         f"<div><b>KV blocks</b> {escape(counts_line(snapshot))}.{note}</div>"
-        f"{block_map_svg(snapshot)}"
+        f"<img alt='{escape(counts_line(snapshot))}' src='data:image/svg+xml;base64,{picture}'>"
         f"<div>{swatches(seq.seq_id for seq in snapshot.running)}"
         "<span style='opacity:.75'>white diagonal: shared; hatched: cached; outline: free</span>"
         "</div>"

@@ -104,7 +104,10 @@ def snapshot_html(snapshot: Snapshot) -> str:
     """Queues and block map."""
     sequences = (*snapshot.running, *snapshot.waiting)
     rows = [
-        (f"{swatch(seq.seq_id)} {escape(seq.seq_id)}", *map(escape, _queue_row(seq)))
+        (
+            f"<span style='white-space:nowrap'>{swatch(seq.seq_id)} {escape(seq.seq_id)}</span>",
+            *map(escape, _queue_row(seq)),
+        )
         for seq in sequences[:MAX_ROWS]
     ]
     queues = table_html(_QUEUE_HEADERS, rows) if rows else "<div>No requests.</div>"

@@ -173,5 +173,5 @@ def test_closing_the_engine_leaves_its_last_picture(dashboard: DashboardPage) ->
     dashboard.notebook.run(CLOSE)
     still = dashboard.page.locator(".jp-OutputArea-output", has_text="dashboard (closed)")
     still.wait_for()
-    assert still.locator("svg").count() == 1
+    assert still.locator("img").count() == 1
     assert dashboard.root.count() == 0

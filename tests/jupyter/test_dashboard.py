@@ -392,7 +392,7 @@ def test_the_bundle_carries_a_picture_beside_the_live_view(make_engine: MakeEngi
     bundle = dashboard._repr_mimebundle_()
     view = bundle["application/vnd.jupyter.widget-view+json"]
     assert view["model_id"] == dashboard._widget.model_id
-    assert "<svg" in bundle["text/html"]
+    assert "data:image/svg+xml" in bundle["text/html"]
     assert "req-0" in bundle["text/html"]
     assert "req-0" in bundle["text/plain"]
     engine.close()

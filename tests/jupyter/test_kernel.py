@@ -45,7 +45,7 @@ def test_a_stream_is_one_output_that_was_updated(cells: list[Any]) -> None:
 
 def test_objects_have_both_forms(cells: list[Any]) -> None:
     (status,) = cells[3]
-    assert "<svg" in status.data["text/html"]
+    assert "data:image/svg+xml" in status.data["text/html"]
     assert "of 64 blocks" in status.data["text/plain"]
 
 
