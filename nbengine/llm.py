@@ -172,23 +172,23 @@ class LLM:
         self, prompts: list[Prompt], params: Seq[Params], priorities: Seq[int], use_tqdm: bool
     ) -> list[RequestOutput]:
         engine = self.engine
+        requests = [
+            engine.check_request(prompt, p, priority=rank)
+            for prompt, p, rank in zip(prompts, params, priorities, strict=True)
+        ]
         outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
-        names: list[str] = []
-        try:
-            # None of them runs before all were accepted, unless the engine is running anyway.
-            for prompt, p, rank in zip(prompts, params, priorities, strict=True):
-                names.append(engine.add_request(prompt, p, priority=rank, subscriber=outputs.put))
-            finished: dict[str, RequestOutput] = {}
-            with engine.driving(), _ProgressBar(len(names), use_tqdm) as bar:
-                while len(finished) < len(names):
-                    output = outputs.get()
-                    if isinstance(output, BaseException):
-                        raise output
-                    finished[output.request_id] = output
-                    bar.update(output)
+        finished: dict[str, RequestOutput] = {}
+        with (
+            engine.driving(requests, outputs.put) as names,
+            _ProgressBar(len(names), use_tqdm) as bar,
+        ):
+            while len(finished) < len(names):
+                output = outputs.get()
+                if isinstance(output, BaseException):
+                    raise output
+                finished[output.request_id] = output
+                bar.update(output)
             return [finished[name] for name in names]
-        finally:
-            engine.abort_unfinished(names)
 
     def close(self) -> None:
         """Abort what runs and give all memory back."""
