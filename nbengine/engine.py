@@ -178,8 +178,7 @@ class Engine:
             whatever the model raised. The step is then taken back: nothing is lost, and what it
             touched is computed again in the next one.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InvalidField("n", n, "must be a positive integer")
+        _check_positive("n", n)
         record = self._call(self._step)
         for _ in range(n - 1):
             if not self.has_work:
@@ -455,6 +454,7 @@ class Engine:
                 raise InvalidRequest(
                     "this engine has no tokenizer (skip_tokenizer_init): give prompt_token_ids"
                 )
+            self._check_text_length(text)
             ids = self.tokenizer.encode(text)
         assert self.config.max_model_len is not None
         return (
@@ -462,6 +462,17 @@ class Engine:
             validate_prompt_token_ids(ids, self.vocab_size, self.config.max_model_len),
             salt,
         )
+
+    def _check_text_length(self, text: str) -> None:
+        """Refuse a text that can't fit before it is tokenised: that takes seconds a megabyte, in
+        which no other Python thread runs, the engine's neither."""
+        assert self.tokenizer is not None and self.config.max_model_len is not None
+        longest = self.tokenizer.max_token_length * self.config.max_model_len
+        if len(text) > longest:
+            raise InvalidRequest(
+                f"the prompt has {len(text):,} characters, and max_model_len="
+                f"{self.config.max_model_len} tokens hold at most {longest:,}: shorten it"
+            )
 
     def abort(self, *request_ids: str) -> None:
         """End requests now and free all they hold; ids that have finished are passed over.
@@ -529,6 +540,8 @@ class Engine:
     ) -> StepRecord | None:
         """Step until no work is left, `max_steps` were taken, or `until(record)` is true; returns
         the last record. Interrupting it leaves the engine as it is after the current step."""
+        if max_steps is not None:
+            _check_positive("max_steps", max_steps)
         record = None
         for _ in itertools.count() if max_steps is None else range(max_steps):
             if not self.has_work:
@@ -815,6 +828,11 @@ def _logprobs_of(seq: Sequence, output: StepOutput) -> dict[int, Logprob] | None
     if rows is None:
         return None
     return rows[seq.index if len(rows) > 1 else 0]
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidField(name, value, "must be a positive integer")
 
 
 def _checked_salt(salt: object) -> str | None:
