@@ -103,7 +103,7 @@ class LLM:
         prompts = [
             chat_prompt(
                 tokenizer,
-                conversation,  # type: ignore[arg-type]  # one level deeper than its static type
+                conversation,
                 add_generation_prompt=add_generation_prompt,
                 **options,
             )

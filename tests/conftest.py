@@ -42,7 +42,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For `tiny_llama`: ids 0 to 2 are special tokens, the others single bytes, with a chat
-    template. A printable ASCII character has the id of its code less 30 ("A" is 35)."""
+    template. An ASCII letter has the id of its code less 30 ("A" is 35)."""
     import tokenizers
 
     from nbengine.detokenizer import _BYTE_OF_CHAR
