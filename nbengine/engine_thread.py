@@ -50,8 +50,9 @@ class EngineThread:
             daemon=True,
         )
         self._thread.start()
-        # An owner that is dropped without being stopped wakes the thread, which then ends.
-        self._on_drop = weakref.finalize(owner, self._commands.put, None)
+        # Also when the owner is dropped without being stopped, and when the interpreter exits: a
+        # daemon thread that is still inside torch would then bring the process down with it.
+        self._end = weakref.finalize(owner, _end, self._commands, self._thread)
 
     @property
     def is_current(self) -> bool:
@@ -102,12 +103,18 @@ class EngineThread:
         wait stops neither."""
         if self.is_current:
             last()
-            self._on_drop()
+            self._end()
             return
         future = self.submit(last)
-        self._on_drop()  # puts the None that ends the loop, once
+        self._end()
         future.result()
-        self._thread.join()
+
+
+def _end(commands: Commands, thread: threading.Thread) -> None:
+    """Have the loop end after what is queued, and wait for it."""
+    commands.put(None)
+    if threading.current_thread() is not thread:
+        thread.join()
 
 
 def _run(future: Future[T], command: Callable[[], T]) -> None:

@@ -9,6 +9,8 @@ import gc
 import logging
 import multiprocessing
 import queue
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -350,6 +352,31 @@ class TestThreads:
         wait_for(lambda: is_idle(engine))
         assert engine.scheduler.pool.num_held == 0
         assert engine.history[-1].error is None
+
+    @pytest.mark.parametrize("life", ["background", "stream", "generate in a daemon thread"])
+    def test_a_process_may_exit_while_its_engine_runs(self, tiny_llama, life):
+        program = f"""
+import sys, threading, time
+from nbengine import LLM, SamplingParams
+llm = LLM({str(tiny_llama)!r}, skip_tokenizer_init=True, num_gpu_blocks_override=64)
+params = SamplingParams(max_tokens=200, ignore_eos=True)
+if {life!r} == "background":
+    for _ in range(20):
+        llm.engine.add_request([5, 6, 7], params)
+    llm.engine.start()
+elif {life!r} == "stream":
+    stream = llm.stream([5, 6, 7], params)
+    next(stream)
+else:
+    call = lambda: llm.generate([[5, 6, 7]] * 20, params, use_tqdm=False)
+    threading.Thread(target=call, daemon=True).start()
+while llm.engine.scheduler.step_count < 3:
+    time.sleep(0.001)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], timeout=60, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
     def test_a_forked_process_gets_an_honest_error(self, make):
         engine = make()
