@@ -13,7 +13,7 @@ SET_UP = @command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here. I
 PYTEST = $(RUN) -m pytest -n logical --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab simulate lint format wheel-check clean
+.PHONY: help demo test lab docs simulate lint format wheel-check clean
 
 help:  ## say what each target does
 	@echo "Each target sets up what it needs by itself (.venv, dependencies, the model)."
@@ -32,6 +32,11 @@ test:  ## everything that must hold: lint, types, tests, 2,000 simulated lives, 
 lab:  ## JupyterLab on notebooks/
 	$(SET_UP) --extras notebook
 	@$(RUN) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+
+docs:  ## the documentation's site, into build/docs
+	$(SET_UP) --extras notebook,docs
+	@$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "The site is in build/docs: open build/docs/index.html"
 
 simulate:  ## run the scheduler through SEEDS=2000 random lives with faults
 	$(SET_UP)

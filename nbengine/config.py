@@ -46,7 +46,9 @@ class EngineConfig:
     preemption_mode: str = "recompute"
     """What happens to a preempted sequence's keys and values: `recompute` or `swap`."""
     enable_prefix_caching: bool = True
+    """Keep what was computed for full blocks, for later prompts that begin alike."""
     enable_chunked_prefill: bool = True
+    """Let a prompt be computed in several steps, beside the tokens of others."""
     max_num_batched_tokens: int = 2048
     """The token budget of a step."""
     max_num_seqs: int = 256

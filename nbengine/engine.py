@@ -14,7 +14,7 @@ import queue
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,9 +40,11 @@ from nbengine.errors import EngineClosed, InvalidField, InvalidRequest, UnknownR
 from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscriber
 
 if TYPE_CHECKING:
+    from nbengine.execution.kv_cache import KVCache
     from nbengine.execution.memory import MemoryBudget
     from nbengine.execution.runner import ModelRunner
     from nbengine.jupyter.dashboard import Dashboard
+    from nbengine.models.decoder import Decoder
     from nbengine.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -482,7 +484,7 @@ class Engine:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Add a request and yield its outputs as they come; leaving the loop early aborts it.
         `options` are those of `add_request`."""
         outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
@@ -555,6 +557,29 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """Queues and blocks as they stand between two steps."""
         return self._call(lambda: take_snapshot(self.scheduler, self._text_of))
+
+    @property
+    def model(self) -> Decoder:
+        """The model: its config, weights and forward pass. To be read, by a lesson or a debugger.
+
+        Raises:
+            EngineClosed
+        """
+        self._check_open()
+        assert self._runner is not None
+        return self._runner.decoder
+
+    @property
+    def kv_cache(self) -> KVCache:
+        """The keys and values themselves: `kv_cache.k[layer][block]` is `[num_kv_heads, block_size,
+        head_dim]`. A step writes to them, so read them while the engine is paused.
+
+        Raises:
+            EngineClosed
+        """
+        self._check_open()
+        assert self._runner is not None
+        return self._runner.kv_cache
 
     def _text_of(self, seq: Sequence) -> str:
         return self._states[seq.request.request_id].text_of(seq)

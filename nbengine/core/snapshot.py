@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nbengine.core.request import Sequence, Status
 from nbengine.core.scheduler import Scheduler
+from nbengine.errors import UnknownRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,17 @@ class Snapshot:
     @property
     def num_free_blocks(self) -> int:
         return self.num_blocks - self.num_held_blocks - len(self.cached_blocks)
+
+    def sequence(self, seq_id: str) -> SequenceView:
+        """One unfinished sequence.
+
+        Raises:
+            UnknownRequest: none has this id (any more).
+        """
+        for seq in (*self.running, *self.waiting):
+            if seq.seq_id == seq_id:
+                return seq
+        raise UnknownRequest(f"no unfinished sequence {seq_id!r} after step {self.step}")
 
     def holders(self) -> dict[int, list[str]]:
         """Held block to the sequences whose tables name it."""

@@ -164,6 +164,9 @@ class Explanation:
     def __str__(self) -> str:
         return "\n".join(map(str, self.sequences))
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         blocks = []
         for seq in self.sequences:

@@ -8,9 +8,10 @@
 
 const GAP = 1;
 const MIN_CELL = 3;
-const MAX_CELL = 26;
+const MAX_CELL = 32;
 const MAP_HEIGHT = 230;
 const RING_MS = 450;
+const MAX_RINGED = 2048; // with more blocks, a ring is a speck that costs a redrawing
 
 // {owner, refs, fill, kind} arrays by block id, from every sequence's table in turn.
 // kind: 0 free, 1 cached, 2 held, 3 shared.
@@ -50,7 +51,7 @@ export function createBlockMap({ palette }) {
   let grid = null;
   let cursor = -1; // the block that the pointer or the arrow keys are on
   let highlighted = null; // a sequence whose blocks stand out
-  let rung = new Map(); // block to the time when it was taken
+  const rung = new Map(); // block to the time when it was taken
   let pending = 0;
 
   // The blocks of the highlighted sequence, or null when none is.
@@ -107,92 +108,115 @@ export function createBlockMap({ palette }) {
       canvas.style.width = `${grid.width}px`;
       canvas.style.height = `${grid.height}px`;
     }
+    const { cell, columns } = grid;
     const context = canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, grid.width, grid.height);
     // The theme is read at every drawing: it may change, and is not always set at the first.
     const ink = getComputedStyle(canvas).color;
-    const { cell, columns } = grid;
     const side = cell - (cell > 6 ? 2 * GAP : GAP);
-    const now = performance.now();
-    const chosen = standingOut();
-    context.textAlign = "center";
-    context.textBaseline = "middle";
-    context.font = `600 ${Math.min(11, Math.round(side * 0.5))}px system-ui, sans-serif`;
-    for (let block = 0; block < blocks.numBlocks; block++) {
-      const x = (block % columns) * cell + (cell - side) / 2;
-      const y = Math.floor(block / columns) * cell + (cell - side) / 2;
-      const kind = states.kind[block];
-      context.globalAlpha = 1;
-      if (kind >= 2) {
-        const [id, colour] = blocks.running[states.owner[block]];
-        const dimmed = chosen !== null && !chosen.has(block);
-        const paint = palette[colour];
-        context.globalAlpha = dimmed ? 0.15 : 1;
-        const full = states.fill[block];
-        if (full < 1 && side >= 7) {
-          context.globalAlpha = dimmed ? 0.06 : 0.3;
-          context.fillStyle = paint;
-          context.fillRect(x, y, side, side);
-          context.globalAlpha = dimmed ? 0.15 : 1;
-          context.fillRect(x, y + side * (1 - full), side, side * full);
-        } else {
-          context.fillStyle = paint;
-          context.fillRect(x, y, side, side);
-        }
-        if (kind === 3) {
-          context.strokeStyle = "#fff";
-          context.lineWidth = Math.max(1, side / 6);
-          context.beginPath();
-          context.moveTo(x, y + side);
-          context.lineTo(x + side, y);
-          context.stroke();
-        } else if (side >= 15) {
-          const label = id.replace(/^req-/, "");
-          if (label.length <= 3) {
-            context.fillStyle = full < 0.6 ? ink : "#fff";
-            context.fillText(label, x + side / 2, y + side / 2 + 0.5);
-          }
-        }
-      } else {
-        context.strokeStyle = ink;
-        context.lineWidth = 1;
-        context.globalAlpha = kind === 1 ? 0.55 : 0.18;
-        context.strokeRect(x + 0.5, y + 0.5, side - 1, side - 1);
-        if (kind === 1) {
-          context.beginPath();
-          const step = Math.max(3, side / 3);
-          for (let d = step; d < 2 * side; d += step) {
-            context.moveTo(x + Math.max(0, d - side), y + Math.min(side, d));
-            context.lineTo(x + Math.min(side, d), y + Math.max(0, d - side));
-          }
-          context.stroke();
-        }
-      }
-      const takenAt = rung.get(block);
-      if (takenAt !== undefined) {
-        const age = (now - takenAt) / RING_MS;
-        if (age >= 1) rung.delete(block);
-        else {
-          context.globalAlpha = 1 - age;
-          context.strokeStyle = ink;
-          context.lineWidth = 2;
-          context.strokeRect(x, y, side, side);
-        }
-      }
-    }
-    context.globalAlpha = 1;
+    const left = (block) => (block % columns) * cell + (cell - side) / 2;
+    const top = (block) => Math.floor(block / columns) * cell + (cell - side) / 2;
+    paintIdle(context, ink, side, left, top);
+    paintHeld(context, side, left, top);
+    if (side >= 15) paintLabels(context, ink, side, left, top);
+    paintRings(context, ink, side, left, top);
     if (cursor >= 0 && cursor < blocks.numBlocks) {
-      const x = (cursor % columns) * cell;
-      const y = Math.floor(cursor / columns) * cell;
       context.strokeStyle = ink;
       context.lineWidth = 2;
-      context.strokeRect(x + 0.5, y + 0.5, cell - 1, cell - 1);
+      context.strokeRect(left(cursor), top(cursor), side, side);
       readout.textContent = describe(cursor);
     } else {
       readout.textContent = "";
     }
     if (rung.size) schedule();
+  }
+
+  // Free and cached blocks; as paths, because a call a block is slow for many blocks.
+  function paintIdle(context, ink, side, left, top) {
+    const free = new Path2D();
+    const cached = new Path2D();
+    const stride = Math.max(3, side / 3);
+    for (let block = 0; block < blocks.numBlocks; block++) {
+      const kind = states.kind[block];
+      if (kind > 1) continue;
+      const [x, y] = [left(block), top(block)];
+      const path = kind === 1 ? cached : free;
+      if (side < 7) {
+        path.rect(x, y, side, side);
+        continue;
+      }
+      path.rect(x + 0.5, y + 0.5, side - 1, side - 1);
+      for (let d = stride; kind === 1 && d < 2 * side; d += stride) {
+        path.moveTo(x + Math.max(0, d - side), y + Math.min(side, d));
+        path.lineTo(x + Math.min(side, d), y + Math.max(0, d - side));
+      }
+    }
+    context.lineWidth = 1;
+    context.fillStyle = context.strokeStyle = ink;
+    context.globalAlpha = side < 7 ? 0.1 : 0.18;
+    side < 7 ? context.fill(free) : context.stroke(free);
+    context.globalAlpha = 0.55;
+    side < 7 ? context.fill(cached) : context.stroke(cached);
+    context.globalAlpha = 1;
+  }
+
+  function paintHeld(context, side, left, top) {
+    const chosen = standingOut();
+    const shared = new Path2D();
+    let start = 0;
+    blocks.running.forEach(([, colour, length], index) => {
+      context.fillStyle = palette[colour];
+      for (const block of blocks.tables.subarray(start, start + length)) {
+        if (states.owner[block] !== index) continue;
+        const [x, y, full] = [left(block), top(block), states.fill[block]];
+        const ink = chosen !== null && !chosen.has(block) ? 0.15 : 1;
+        context.globalAlpha = full < 1 && side >= 7 ? 0.3 * ink : ink;
+        context.fillRect(x, y, side, side);
+        if (full < 1 && side >= 7) {
+          context.globalAlpha = ink;
+          context.fillRect(x, y + side * (1 - full), side, side * full);
+        }
+        if (states.kind[block] === 3) {
+          shared.moveTo(x, y + side);
+          shared.lineTo(x + side, y);
+        }
+      }
+      start += length;
+    });
+    context.globalAlpha = 1;
+    context.strokeStyle = "#fff";
+    context.lineWidth = Math.max(1, side / 6);
+    context.stroke(shared);
+  }
+
+  function paintLabels(context, ink, side, left, top) {
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    for (let block = 0; block < blocks.numBlocks; block++) {
+      if (states.kind[block] !== 2) continue;
+      const label = blocks.running[states.owner[block]][0].replace(/^req-/, "");
+      if (label.length > 4) continue;
+      const size = Math.min(12, (side * 0.5 * 3) / Math.max(3, label.length + 0.5));
+      context.font = `600 ${size}px system-ui, sans-serif`;
+      context.fillStyle = states.fill[block] < 0.6 ? ink : "#fff";
+      context.fillText(label, left(block) + side / 2, top(block) + side / 2 + 0.5);
+    }
+  }
+
+  function paintRings(context, ink, side, left, top) {
+    const now = performance.now();
+    context.strokeStyle = ink;
+    context.lineWidth = 2;
+    for (const [block, takenAt] of rung) {
+      const age = (now - takenAt) / RING_MS;
+      if (age >= 1) rung.delete(block);
+      else {
+        context.globalAlpha = 1 - age;
+        context.strokeRect(left(block), top(block), side, side);
+      }
+    }
+    context.globalAlpha = 1;
   }
 
   function schedule() {
@@ -238,12 +262,11 @@ export function createBlockMap({ palette }) {
       const before = states;
       blocks = next;
       states = blockStates(next);
-      if (before && before.kind.length === states.kind.length && !calm) {
+      if (before && before.kind.length === states.kind.length && !calm && next.numBlocks <= MAX_RINGED) {
         const now = performance.now();
         for (let block = 0; block < next.numBlocks; block++) {
           if (states.kind[block] >= 2 && before.kind[block] < 2) rung.set(block, now);
         }
-        if (rung.size > 512) rung = new Map(); // all at once says nothing
       }
       let shared = 0;
       let held = 0;

@@ -90,6 +90,12 @@ function render({ model, el }) {
     h("label", { title: "Through the model's chat template" }, chat, " chat"),
     h("button", { type: "submit", class: "nbe-button" }, "Add"),
   );
+  // JupyterLab keeps Enter from submitting a form.
+  prompt.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.isComposing) return;
+    event.preventDefault();
+    form.requestSubmit();
+  });
   const notice = h("div", { class: "nbe-notice", role: "alert", ".hidden": true });
 
   // ---------------------------------------------------------------- requests
@@ -109,7 +115,13 @@ function render({ model, el }) {
   const nobody = h("div", { class: "nbe-empty" }, "No requests. Type a prompt above, or call engine.add_request(…).");
   const more = h("div", { class: "nbe-empty" });
   requests.append(nobody, more);
-  const explanation = h("div", { class: "nbe-why", role: "status", ".hidden": true });
+  const reasons = h("div", { role: "status" });
+  const explanation = h(
+    "div",
+    { class: "nbe-why", ".hidden": true },
+    reasons,
+    h("button", { type: "button", class: "nbe-small", "aria-label": "Close the explanation", onclick: () => send("why", { id: null }) }, "✕"),
+  );
 
   function makeRow(item) {
     const id = item.id;
@@ -156,7 +168,7 @@ function render({ model, el }) {
     setText(blocks, String(item.num_blocks));
     const line = text.firstElementChild.firstElementChild;
     setText(line, item.text);
-    if (item.why) line.prepend(h("em", {}, item.why + (item.text ? " " : "")));
+    if (item.why) line.append(h("em", {}, (item.text ? " · " : "") + item.why));
   }
 
   const makeEnded = (item) =>
@@ -164,7 +176,7 @@ function render({ model, el }) {
       "tr",
       {},
       h("th", { scope: "row" }, h("i", { class: "nbe-swatch", style: `background:${palette[item.colour]}` }), item.id),
-      h("td", { class: "nbe-state", title: "finished" }, item.reason),
+      h("td", { class: "nbe-state" }, `finished (${item.reason})`),
       h("td", { class: "nbe-tokens" }, h("small", {}, `${item.num_prompt}${item.num_cached ? ` (${item.num_cached} cached)` : ""} + ${item.num_output}`)),
       h("td", { class: "nbe-number" }),
       h("td", { class: "nbe-text", colspan: 2 }, h("div", {}, h("span", {}, item.text))),
@@ -272,7 +284,7 @@ function render({ model, el }) {
     nobody.hidden = state.sequences.length + state.finished.length > 0;
     setText(more, state.num_more_sequences ? `and ${state.num_more_sequences} more` : "");
     explanation.hidden = !state.explanation;
-    if (state.explanation) setText(explanation, state.explanation.text);
+    if (state.explanation) setText(reasons, state.explanation);
 
     setText(
       counts,

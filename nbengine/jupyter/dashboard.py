@@ -51,7 +51,7 @@ class Dashboard:
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
         self._notice: Notice | None = None
-        self._explanation: dict[str, str] | None = None
+        self._explanation: str | None = None
         self._num_answered = 0
         self._last: Frame | None = None
         self._displays: list[Any] = []
@@ -181,10 +181,10 @@ class Dashboard:
         return lambda: engine.abort(name)
 
     def _why(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
-        name = str(message.get("id"))
+        name = message.get("id")
 
         def explain() -> None:
-            self._explanation = {"id": name, "text": str(engine.why(name))}
+            self._explanation = None if name is None else str(engine.why(str(name)))
 
         return explain
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from nbengine.jupyter.dashboard import Dashboard
 from nbengine.jupyter.stream import show_stream
 from nbengine.jupyter.views import Steps
 from nbengine.llm import LLM, chat_prompt
+from nbengine.models.registry import resolve_model
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MAX_TOKENS = 128
@@ -173,7 +174,8 @@ class NbengineMagics(Magics):
         policy = fields.get("scheduling_policy")
         if policy is not None and policy not in POLICIES and policy in self._names:
             fields["scheduling_policy"] = self._names[policy]
-        config = EngineConfig(**fields)  # a mistake here leaves the old engine alone
+        config = EngineConfig(**fields)  # a mistake here or in the name leaves the old engine alone
+        resolve_model(config.model)
         if self._close_engine():
             print("The engine that was loaded before has been closed.")
         llm = LLM(**{name: getattr(config, name) for name in fields})
@@ -321,7 +323,7 @@ class NbengineMagics(Magics):
         params = self._params(args)
         if not isinstance(params, SamplingParams):
             raise UsageError("beam search has nothing to stream: use llm.beam_search(...)")
-        outputs: Iterator[Any] = self._engine.stream(
+        outputs = self._engine.stream(
             prompt, params, priority=args.priority, request_id=args.request_id
         )
         in_notebook = hasattr(self.shell, "kernel")
@@ -400,18 +402,14 @@ class NbengineMagics(Magics):
 
     def complete(self, shell: Any, event: Any) -> list[str]:
         """What may follow on a magic's line: its options, and names that it asks for."""
-        words = event.line[: len(event.line)].split()
+        words = event.line.split()
         name = words[0].lstrip("%")
         method = self.shell.find_line_magic(name)
         if method is None:
             raise TryNext
-        before = (
-            words[-1]
-            if event.line.endswith(" ") or event.symbol == ""
-            else (words[-2:-1] or [""])[0]
-        )
-        if before in _VALUES:
-            return list(_VALUES[before])
+        before = words[: -1 if event.symbol else None]  # without the word that is being typed
+        if before[-1] in _VALUES:
+            return list(_VALUES[before[-1]])
         parser = method.__func__.parser
         options = [option for action in parser._actions for option in action.option_strings]
         return [*options, *self._values(name)]

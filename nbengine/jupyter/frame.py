@@ -116,7 +116,8 @@ class Frame:
         """In a few words, why it got less than it wanted; `Engine.why` says more."""
         wait = waits.get(seq.seq_id)
         if wait is not None:
-            return f"waits: {wait.cause}" if not wait.got else f"slowed: {wait.cause}"
+            numbers = f" ({wait.needed} needed, {wait.available} left)" if wait.needed else ""
+            return f"{'slowed' if wait.got else 'waits'}: {wait.cause}{numbers}"
         if seq.status is Status.RUNNING:
             return ""
         head = next((w for w in waits.values() if not w.got), None)
@@ -230,10 +231,13 @@ def _output_of(engine: Engine, name: str) -> RequestOutput | None:
 
 def _tokens_per_second(engine: Engine) -> float:
     now, history = engine.clock(), engine.history
+    if not len(history):
+        return 0.0
+    window = max(SPEED_WINDOW, 4 * history[-1].phases.total)  # a few steps, if steps are slow
     num_tokens, since = 0, now
-    for k in range(1, len(history) + 1):
+    for k in range(1, min(1000, len(history)) + 1):
         record = history[-k]
-        if now - record.time > SPEED_WINDOW or k > 1000:
+        if now - record.time > window:
             break
         num_tokens += len(record.sampled)
         since = record.time

@@ -7,7 +7,7 @@ what is new. Both end with one line on tokens and speed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from nbengine.jupyter.views import output_html, output_text
@@ -17,7 +17,7 @@ UPDATES_PER_SECOND = 10
 
 
 def show_stream(
-    outputs: Iterator[RequestOutput], *, in_notebook: bool, show_prompt: bool = True
+    outputs: Generator[RequestOutput, None, None], *, in_notebook: bool, show_prompt: bool = True
 ) -> RequestOutput:
     """Show outputs as they come; returns the last one.
 
@@ -32,9 +32,7 @@ def show_stream(
         assert last is not None, "a request ends with an output"
         return last
     finally:
-        close = getattr(outputs, "close", None)
-        if close is not None:
-            close()
+        outputs.close()  # now, and not when the traceback that holds it is dropped
         if last is not None:
             screen.finish(last)
 

@@ -34,7 +34,11 @@ MAX_ROWS = 50
 def tail(text: str, length: int = TEXT_TAIL) -> str:
     """The end of a text, on one line."""
     line = " ".join(text[-4 * length :].split())
-    return line if len(line) <= length else "…" + line[1 - length :]
+    if len(line) <= length:
+        return line
+    cut = line[1 - length :]
+    partial, space, rest = cut.partition(" ")
+    return "…" + (rest if space and len(partial) < length // 2 else cut)  # from a whole word on
 
 
 def table_html(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -130,7 +134,8 @@ def events_of(record: StepRecord) -> list[str]:
     events += [f"forked {f.parent} into {f.child}" for f in record.forked]
     events += [f"copied block {c.source} to {c.destination} for {c.seq_id}" for c in record.copied]
     if record.evicted:
-        events.append(f"evicted {len(record.evicted)} cached blocks")
+        n = len(record.evicted)
+        events.append(f"evicted {n} cached block{'s' if n > 1 else ''}")
     events += [f"finished {f.seq_id} ({f.reason})" for f in record.finished]
     return events
 

@@ -56,7 +56,7 @@ class Lab:
             "JUPYTER_CONFIG_DIR": str(folder / "config"),
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
             "IPYTHONDIR": str(folder / "ipython"),
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         }
         self.log = (folder / "lab.log").open("w")
         # port_retries=0: on a taken port it must fail, not move and leave us someone else's server.
@@ -123,16 +123,42 @@ class NotebookPage:
         """Run every cell, and wait until they have run."""
         self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
+    def run(self, index: int) -> None:
+        """Run one cell, and wait until it has run."""
+        self._run(index, "await")
+
     def start_running(self, index: int) -> None:
-        """Begin to run one cell, and don't wait."""
+        """Begin to run one cell."""
+        self._run(index, "void")
+
+    def _run(self, index: int, how: str) -> None:
         self.page.evaluate(
-            """(index) => {
+            f"""async (index) => {{
               window.jupyterapp.shell.currentWidget.content.activeCellIndex = index;
-              window.jupyterapp.commands.execute("notebook:run-cell");
-            }""",
+              {how} window.jupyterapp.commands.execute("notebook:run-cell");
+            }}""",
             index,
         )
 
-    def output(self, index: int) -> Any:
-        """A cell's output area."""
-        return self.page.locator(".jp-Notebook-cell").nth(index).locator(".jp-OutputArea-output")
+    def interrupt(self) -> None:
+        """The stop button."""
+        self.page.evaluate("window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
+        self.wait_for_kernel()
+
+    def save_and_reload(self) -> None:
+        """Save the notebook, and load the page anew; the kernel goes on."""
+        self.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+        self.page.reload()
+        self.wait_for_kernel()
+
+    @property
+    def has_subshells(self) -> bool:
+        """Whether the kernel can handle messages while a cell runs (ipykernel 7)."""
+        return self.page.evaluate(
+            "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.supportsSubshells"
+        )
+
+    def execution_count(self, index: int) -> str:
+        """`[3]:`, or `[*]:` while it runs."""
+        cell = self.page.locator(".jp-Notebook-cell").nth(index)
+        return cell.locator(".jp-InputPrompt").inner_text()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import tokenizers
@@ -82,12 +83,14 @@ class ScriptedRunner(FakeExecutor):
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.on_compute: Callable[[], object] = lambda: None
 
     def prepare(self, plan: StepPlan) -> StepPlan:
         return plan
 
     def compute(self, plan: StepPlan) -> StepOutput:
         self.gate.wait(30)
+        self.on_compute()
         if self.seconds_per_step:
             time.sleep(self.seconds_per_step)
         if self.error is not None:

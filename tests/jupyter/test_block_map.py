@@ -110,7 +110,8 @@ def test_objects_show_themselves_in_text(make_engine: MakeEngine) -> None:
 def test_tail_is_one_line_with_the_newest_text() -> None:
     assert tail("short") == "short"
     assert tail("a\nb\tc") == "a b c"
-    assert tail("x" * 500 + " the end", 12) == "…xxx the end"
+    assert tail("one two three four", 12) == "…three four"
+    assert tail("x" * 500, 8) == "…xxxxxxx"
 
 
 def test_the_views_need_no_notebook_package() -> None:

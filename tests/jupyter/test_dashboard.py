@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import threading
+import time
 import weakref
 from array import array
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import comm
@@ -76,7 +78,7 @@ def test_a_frame_holds_queues_blocks_and_steps(make_engine: MakeEngine) -> None:
     state, buffers = frame.state(), frame.buffers()
     assert [s["id"] for s in state["sequences"]] == ["req-0", "req-0#1", "req-1"]
     assert [s["status"] for s in state["sequences"]] == ["running", "running", "waiting"]
-    assert state["sequences"][2]["why"] == "waits: seats"
+    assert state["sequences"][2]["why"] == "waits: seats (1 needed, 0 left)"
     assert [step["step"] for step in state["log"]] == [2, 1]
     tables = array("I", buffers["tables"])
     lengths = [length for _, _, length, _ in state["running"]]
@@ -94,7 +96,7 @@ def test_everyone_behind_the_head_of_the_queue_is_told_whom_it_waits_for(
         engine.add_request("a b c", SamplingParams(max_tokens=8))
     engine.step()
     reasons = [s["why"] for s in gather(engine).state()["sequences"]]
-    assert reasons == ["", "waits: seats", "waits behind req-1"]
+    assert reasons == ["", "waits: seats (1 needed, 0 left)", "waits behind req-1"]
 
 
 def test_requests_that_ended_between_two_frames_stay_to_be_read(make_engine: MakeEngine) -> None:
@@ -110,6 +112,26 @@ def test_requests_that_ended_between_two_frames_stay_to_be_read(make_engine: Mak
     assert {f["reason"] for f in finished} <= {"length", "abort"}
     again = gather(engine, gather(engine, before)).state()["finished"]
     assert again == finished
+
+
+def test_tokens_a_second_are_counted_over_slow_steps_and_fall_to_nothing_when_idle(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine()
+    now = 0.0
+    engine.clock = lambda: now
+    engine.scheduler.clock = engine.clock
+    engine.add_request("a b c", SamplingParams(max_tokens=10, n=2))
+
+    def three_seconds() -> None:
+        nonlocal now
+        now += 3.0
+
+    engine.runner.on_compute = three_seconds
+    engine.run(5)
+    assert gather(engine).tokens_per_second == pytest.approx(2 / 3)
+    now += 60
+    assert gather(engine).tokens_per_second == 0
 
 
 def test_a_failed_run_is_kept_as_text_and_keeps_no_engine_alive(make_engine: MakeEngine) -> None:
@@ -140,12 +162,14 @@ def test_a_flood_of_steps_is_shown_by_few_frames_and_ends_with_the_last_state(
     make_engine: MakeEngine, show: Any
 ) -> None:
     engine = make_engine(max_model_len=1024)
+    engine.runner.seconds_per_step = 0.0005
     page = show(engine)
+    began = time.monotonic()
     engine.add_request("a b c", SamplingParams(max_tokens=1000))
     engine.run()
     state = page.wait(lambda state: state["step"] == 1000)
     assert state["finished"][0]["num_output"] == 1000
-    assert len(page.seqs) < 300, "coalesced, not queued"
+    assert len(page.seqs) <= 3 + 20 * (time.monotonic() - began), "20 a second at most"
     assert page.seqs == sorted(set(page.seqs))
 
 
@@ -157,6 +181,7 @@ def test_nothing_is_sent_before_the_page_has_drawn_the_last_frame(
     page = show(engine, answers=False)
     eventually(lambda: page.seqs)
     seen = len(page.seqs)
+    engine.runner.seconds_per_step = 0.005
     engine.add_request("a b c", SamplingParams(max_tokens=100))
     engine.run()
     assert len(page.seqs) <= seen + 1, "at most one was under way"
@@ -199,7 +224,9 @@ def test_buttons_step_run_pause_abort_and_explain(make_engine: MakeEngine, show:
     page.send("step", n=10)
     page.wait(lambda state: state["step"] == 11)
     page.send("why", id="req-0")
-    page.wait(lambda state: state["explanation"])
+    assert "req-0" in page.wait(lambda state: state["explanation"])["explanation"]
+    page.send("why", id=None)
+    page.wait(lambda state: not state["explanation"])
     page.send("abort", id="req-0")
     page.wait(lambda state: state["finished"])
     page.send("run")
@@ -270,9 +297,7 @@ def test_a_bad_message_is_answered_with_its_error(
 
 
 @pytest.mark.parametrize("message", [None, 3, [], {}, {"type": None}, {"type": "rm"}, {"type": []}])
-def test_a_message_that_means_nothing_is_passed_over(
-    make_engine: MakeEngine, message: Any
-) -> None:
+def test_a_message_that_means_nothing_is_passed_over(make_engine: MakeEngine, message: Any) -> None:
     make_engine().dashboard().receive(message)
 
 
@@ -344,6 +369,16 @@ def test_closing_an_engine_while_the_publisher_gathers_hangs_nobody(
         eventually(lambda page=page: page.seqs)
         engine.close()
         page.dashboard.close()
+
+
+def test_a_command_that_came_too_late_is_not_waited_for(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    monkeypatch.setattr(engine, "submit", lambda command: Future())
+    engine.close()
+    with pytest.raises(EngineClosed):
+        gather(engine)
 
 
 # ---------------------------------------------------------------------- still forms
