@@ -312,6 +312,9 @@ void dense_block(const float* x, int64_t row, const Matrix& w, int64_t column, f
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
     floats values[Outputs];
+    // The hardware's prefetchers lose rows this short; the block after the next is in time.
+    for (int n = 0; n < Outputs; n++)
+      __builtin_prefetch(weight + (n + 2 * Outputs) * size + k);
 #pragma GCC unroll 4
     for (int n = 0; n < Outputs; n++) values[n] = load<floats>(weight + n * size + k);
 #pragma GCC unroll 8
