@@ -73,6 +73,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check = _Checker(self)
         check("model", lambda v: isinstance(v, str | Path) and str(v), "must be a name or a path")
+        for name in ("tokenizer", "device"):
+            check(
+                name,
+                lambda v: isinstance(v, str | Path) and str(v),
+                "must be a name or a path" if name == "tokenizer" else "must be a name",
+                optional=name == "tokenizer",
+            )
         check("block_size", lambda v: v in BLOCK_SIZES, f"must be one of {BLOCK_SIZES}", kind=int)
         for name in ("max_num_batched_tokens", "max_num_seqs"):
             check(name, lambda v: v >= 1, "must be at least 1", kind=int)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m"
 ENGINE: dict[str, Any] = {
     "quantization": "int4",
-    "max_model_len": 1024,
     "num_gpu_blocks_override": 52,
     "max_num_batched_tokens": 128,
     "max_num_seqs": 6,
@@ -151,10 +150,10 @@ def play(llm: LLM, plan: Sequence[Planned]) -> Iterator[Frame]:
 
 
 def submit(llm: LLM, planned: Planned) -> None:
-    tokenizer = llm.get_tokenizer()
-    text = tokenizer.apply_chat_template(planned.messages, add_generation_prompt=True)
+    from nbengine.llm import chat_prompt
+
     llm.engine.add_request(
-        {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)},
+        chat_prompt(llm.get_tokenizer(), planned.messages),
         SamplingParams(
             temperature=0.2,
             top_p=0.9,

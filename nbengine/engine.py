@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
+import logging
 import queue
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbengine.config import EngineConfig
@@ -36,7 +39,13 @@ from nbengine.core.scheduler import Scheduler
 from nbengine.core.snapshot import Snapshot, take_snapshot
 from nbengine.core.why import Explanation, explain
 from nbengine.engine_thread import EngineThread
-from nbengine.errors import EngineClosed, InvalidField, InvalidRequest, UnknownRequest
+from nbengine.errors import (
+    EngineBusy,
+    EngineClosed,
+    InvalidField,
+    InvalidRequest,
+    UnknownRequest,
+)
 from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscriber
 
 if TYPE_CHECKING:
@@ -55,9 +64,17 @@ Prompt = str | Seq[int] | Mapping[str, Any]
 
 Params = SamplingParams | BeamSearchParams
 
+QueueRequest = Callable[[Subscriber | None], str]
+"""A request that was checked: queues it, on the engine's thread, and returns its id."""
+
 MAX_SALT_LENGTH = 128
+MAX_ID_LENGTH = 256
 MAX_FINISHED_KEPT = 1000
 """Finished requests whose outputs can still be asked for."""
+MAX_FINISHED_SIZE = 2_000_000
+"""And their tokens and logprobs together: some 100 MB."""
+
+_log = logging.getLogger("nbengine")
 
 
 class Engine:
@@ -81,24 +98,36 @@ class Engine:
             config = EngineConfig(**fields)
         elif fields:
             raise InvalidField("config", config, "give a config or its fields, not both")
+        elif not isinstance(config, EngineConfig):
+            raise InvalidField(
+                "config", config, "must be an EngineConfig: a model goes in by name, model=..."
+            )
         self.clock: Callable[[], float] = time.monotonic
         self.history = History()
         self.error: BaseException | None = None
         """What ended the last background run, if it failed."""
+        self._runner: ModelRunner | None = None
         self._is_started = False
-        self._num_drivers = 0
+        self._driven: set[str] = set()
+        """Unfinished requests whose callers wait for them: while there are any, steps are taken in
+        the background even if the engine is paused."""
         self._is_closed = False
-        self._states: OrderedDict[str, RequestState] = OrderedDict()
-        self._arrivals = itertools.count()
+        self._is_stepping = False
+        self._states: dict[str, RequestState] = {}
+        """Unfinished requests by id."""
+        self._finished: OrderedDict[str, RequestState] = OrderedDict()
+        """The last ones that finished, oldest first."""
+        self._finished_size = 0
+        self._num_arrivals = 0
         self._seeds = random.Random(config.seed)
         self._on_step: list[Callable[[StepRecord], None]] = []
         self._thread = EngineThread(self, name="nbengine")
         try:
             self._thread.call(lambda: self._load(config))
+            print(self.memory)
         except BaseException:
             self.close()
             raise
-        print(self.memory)
 
     def _load(self, config: EngineConfig) -> None:
         from nbengine.execution.runner import ModelRunner
@@ -126,7 +155,7 @@ class Engine:
             num_gpu_blocks_override=config.num_gpu_blocks_override,
             swap_space=config.swap_space if config.preemption_mode == "swap" else 0.0,
         )
-        self._runner: ModelRunner | None = runner
+        self._runner = runner
         self.memory: MemoryBudget = memory
         self.config: EngineConfig = config.resolve(memory.max_model_len, memory.num_blocks)
         """The configuration, with what was decided at start-up filled in."""
@@ -149,8 +178,7 @@ class Engine:
             whatever the model raised. The step is then taken back: nothing is lost, and what it
             touched is computed again in the next one.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InvalidField("n", n, "must be a positive integer")
+        _check_positive("n", n)
         record = self._call(self._step)
         for _ in range(n - 1):
             if not self.has_work:
@@ -159,10 +187,20 @@ class Engine:
         return record
 
     def _step(self) -> StepRecord:
+        try:
+            record = self._take_step()
+        except BaseException as error:
+            self._publish(self.scheduler.take_back(error))
+            raise
+        self._publish(record)
+        return record
+
+    def _take_step(self) -> StepRecord:
         scheduler, clock = self.scheduler, self.clock
         assert self._runner is not None
-        began = clock()
+        self._is_stepping = True
         try:
+            began = clock()
             plan = scheduler.schedule()
             scheduled = clock()
             batch = self._runner.prepare(plan)
@@ -171,20 +209,16 @@ class Engine:
             executed = clock()
             advanced = scheduler.commit(output)
             self._update_outputs(plan, output, advanced)
-        except BaseException as error:
-            self.history.append(scheduler.take_back(error))
-            raise
-        record = scheduler.seal(
-            Phases(
-                schedule=scheduled - began,
-                prepare=prepared - scheduled,
-                execute=executed - prepared,
-                commit=clock() - executed,
+            return scheduler.seal(
+                Phases(
+                    schedule=scheduled - began,
+                    prepare=prepared - scheduled,
+                    execute=executed - prepared,
+                    commit=clock() - executed,
+                )
             )
-        )
-        self.history.append(record)
-        self._deliver(record)
-        return record
+        finally:
+            self._is_stepping = False
 
     def _update_outputs(self, plan: StepPlan, output: StepOutput, advanced: list[Sequence]) -> None:
         """Text, stop strings and logprobs of the sequences that got a token."""
@@ -192,7 +226,8 @@ class Engine:
             for seq, _ in plan.scheduled:
                 if rows := output.prompt_logprobs.get(seq.seq_id):
                     end = min(seq.num_computed_tokens + 1, seq.num_prompt_tokens)
-                    self._state_of(seq.seq_id).take_prompt_logprobs(end - len(rows), rows)
+                    state = self._states[seq.request.request_id]
+                    state.take_prompt_logprobs(end - len(rows), rows)
         for seq in advanced:
             state = self._states[seq.request.request_id]
             try:
@@ -203,40 +238,77 @@ class Engine:
             if stop is not None:
                 self.scheduler.finish(seq, "stop", stop)
 
+    def _publish(self, record: StepRecord) -> None:
+        """Tell everybody who is interested in a step that is over."""
+        self.history.append(record)
+        self._deliver(record)
+        for listener in tuple(self._on_step):
+            try:
+                listener(record)
+            except Exception:
+                _log.exception("a listener of the engine's steps failed, and is not called again")
+                self._remove_listener(listener)
+
     def _deliver(self, record: StepRecord) -> None:
         """Times and outputs of the requests that this step moved on."""
         now = self.clock()
         moved: dict[str, RequestState] = {}
         for admission in record.admitted:
             state = self._state_of(admission.seq_id)
-            if state.metrics.first_scheduled_time is None:
+            if state is not None and state.metrics.first_scheduled_time is None:
                 state.metrics.first_scheduled_time = record.time
-        for seq_id in (*record.sampled, *(f.seq_id for f in record.finished)):
+        for seq_id in record.sampled:
             state = self._state_of(seq_id)
-            moved[state.live.request.request_id] = state
-            if seq_id in record.sampled:
+            if state is not None:
+                moved[state.request_id] = state
                 if state.metrics.first_token_time is None:
                     state.metrics.first_token_time = now
                 state.metrics.last_token_time = now
+        for finish in record.finished:
+            state = self._state_of(finish.seq_id)
+            if state is not None and state.finished:  # it may be an aborted one's successor
+                moved[state.request_id] = state
         for state in moved.values():
             if state.finished:
                 self._retire(state, now)
             elif state.subscriber is not None and state.wants_every_output:
-                state.subscriber(state.output())
-        for listener in self._on_step:
-            listener(record)
+                self._send(state, state.next_output())
 
-    def _state_of(self, seq_id: str) -> RequestState:
-        return self._states[seq_id.partition("#")[0]]
+    def _state_of(self, seq_id: str) -> RequestState | None:
+        """The request of a sequence, unless it has been aborted since."""
+        return self._states.get(seq_id.partition("#")[0])
+
+    def _send(self, state: RequestState, output: RequestOutput | BaseException) -> None:
+        """A subscriber that fails harms nobody else."""
+        assert state.subscriber is not None
+        try:
+            state.subscriber(output)
+        except Exception:
+            _log.exception("the subscriber of %s failed, and is not called again", state.request_id)
+            state.subscriber = None
 
     def _retire(self, state: RequestState, now: float) -> None:
+        """Move a finished request to the finished ones, with its last output sent."""
+        name = state.request_id
+        if self._states.get(name) is not state:
+            return  # a subscriber of this step has aborted it
+        del self._states[name]
+        self._driven.discard(name)
         state.metrics.finished_time = now
-        self._states.move_to_end(state.live.request.request_id)
         if state.subscriber is not None:
-            state.subscriber(state.output())
-            state.subscriber = None
-        while len(self._states) > MAX_FINISHED_KEPT and next(iter(self._states.values())).finished:
-            self._states.popitem(last=False)
+            self._send(state, state.next_output())
+        state.retire()
+        self._finished[name] = state
+        self._finished_size += state.size
+        while len(self._finished) > MAX_FINISHED_KEPT or (
+            self._finished_size > MAX_FINISHED_SIZE and len(self._finished) > 1
+        ):
+            self._forget(next(iter(self._finished)))
+
+    def _forget(self, name: str) -> None:
+        state = self._finished.pop(name, None)
+        if state is not None:
+            self._finished_size -= state.size
 
     # ------------------------------------------------------------------ requests
 
@@ -258,90 +330,100 @@ class Engine:
             InvalidField: a parameter that this model or engine can't serve.
             RequestTooLarge: it could never run here, with the numbers.
         """
-        return self._call(
-            self._checked(prompt, params, request_id, priority, cache_salt, subscriber)
+        if subscriber is not None and not callable(subscriber):
+            raise InvalidField("subscriber", subscriber, "must be callable")
+        queue_request = self.check_request(
+            prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt
         )
+        return self._call(lambda: queue_request(subscriber))
 
-    def _checked(
+    def check_request(
         self,
         prompt: Prompt,
-        params: Params | None,
+        params: Params | None = None,
+        *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
-        subscriber: Subscriber | None = None,
-    ) -> Callable[[], str]:
-        """The command that queues this request. All that can be checked, and the tokenising, is
-        done here, on the caller's thread: a bad or huge prompt delays nobody."""
+    ) -> QueueRequest:
+        """All of `add_request` but the queueing, which is what it returns. The checks and the
+        tokenising are done here, on the caller's thread: a bad prompt delays nobody."""
+        self._check_open()
         text, ids, salt = self._parse_prompt(prompt)
         salt = _checked_salt(cache_salt if cache_salt is not None else salt)
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams | BeamSearchParams):
             raise InvalidField("params", params, "must be SamplingParams or BeamSearchParams")
-        assert self.config.max_model_len is not None
+        longest = self.config.max_model_len
+        assert longest is not None
         validate_for_model(
             params,
             vocab_size=self.vocab_size,
-            max_model_len=self.config.max_model_len,
+            max_model_len=longest,
             num_prompt_tokens=len(ids),
             max_logprobs=self.config.max_logprobs,
         )
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 2**63:
             raise InvalidField("priority", priority, "must be a 64-bit integer")
         if request_id is not None and (
-            not isinstance(request_id, str) or not request_id or "#" in request_id
+            not isinstance(request_id, str)
+            or not 1 <= len(request_id) <= MAX_ID_LENGTH
+            or "#" in request_id
         ):
-            raise InvalidField("request_id", request_id, 'must be a non-empty string without "#"')
-
-        return lambda: self._add(text, ids, params, request_id, priority, salt, subscriber)
-
-    def _add(
-        self,
-        text: str | None,
-        ids: tuple[int, ...],
-        params: Params,
-        request_id: str | None,
-        priority: int,
-        salt: str | None,
-        subscriber: Subscriber | None,
-    ) -> str:
-        assert self.config.max_model_len is not None
-        arrival = next(self._arrivals)
-        name = request_id if request_id is not None else f"req-{arrival}"
-        if name in self._states and not self._states[name].finished:
-            raise InvalidRequest(f"request id {name!r} is in use: choose another, or none")
-        eos = self._eos_token_ids
+            raise InvalidField(
+                "request_id",
+                request_id,
+                f'must be a string of 1 to {MAX_ID_LENGTH} characters without "#"',
+            )
         stops: frozenset[int] = frozenset()
         bad_words: tuple[tuple[int, ...], ...] = ()
-        seed = None
-        max_tokens = params.max_tokens
         if isinstance(params, SamplingParams):
             stops = frozenset(params.stop_token_ids or ())
             if not params.ignore_eos:
-                stops |= eos
-            seed = params.seed
-            if params.bad_words:
-                if self.tokenizer is None:
-                    raise InvalidField(
-                        "bad_words", params.bad_words, "needs a tokenizer (skip_tokenizer_init)"
-                    )
+                stops |= self._eos_token_ids
+            if self.tokenizer is None:
+                for name in ("stop", "bad_words"):
+                    if value := getattr(params, name):
+                        raise InvalidField(name, value, "needs a tokenizer (skip_tokenizer_init)")
+            elif params.bad_words:
                 bad_words = self.tokenizer.bad_words_token_ids(params.bad_words)
-        longest = self.config.max_model_len
+        max_tokens = params.max_tokens
         request = Request(
-            name,
+            request_id if request_id is not None else self._next_id(),
             ids,
             params,
-            arrival=arrival,
-            arrival_time=self.clock(),
             priority=priority,
             cache_salt=salt,
-            seed=self._seeds.getrandbits(63) if seed is None else seed,
-            eos_token_ids=eos,
+            eos_token_ids=self._eos_token_ids,
             stop_token_ids=stops,
             bad_words_token_ids=bad_words,
             max_total_tokens=longest if max_tokens is None else min(longest, len(ids) + max_tokens),
         )
+        self.scheduler.check_fits(request)
+        return partial(self._queue, request, request_id is not None, text)
+
+    def _next_id(self) -> str:
+        """The id of the next request that is given none."""
+        names = (f"req-{number}" for number in itertools.count(self._num_arrivals))
+        return next(name for name in names if name not in self._states)
+
+    def _queue(
+        self, request: Request, is_named: bool, text: str | None, subscriber: Subscriber | None
+    ) -> str:
+        name = request.request_id if is_named else self._next_id()
+        if name in self._states:
+            raise InvalidRequest(f"request id {name!r} is in use: choose another, or none")
+        seed = request.params.seed if isinstance(request.params, SamplingParams) else None
+        request = dataclasses.replace(
+            request,
+            request_id=name,
+            arrival=self._num_arrivals,
+            arrival_time=self.clock(),
+            seed=self._seeds.getrandbits(63) if seed is None else seed,
+        )
         live = self.scheduler.add(request)
+        self._num_arrivals += 1
+        self._forget(name)  # an earlier one of this id
         metrics = RequestMetrics(request.arrival_time)
         self._states[name] = RequestState(live, text, self.tokenizer, metrics, subscriber)
         return name
@@ -372,6 +454,7 @@ class Engine:
                 raise InvalidRequest(
                     "this engine has no tokenizer (skip_tokenizer_init): give prompt_token_ids"
                 )
+            self._check_text_length(text)
             ids = self.tokenizer.encode(text)
         assert self.config.max_model_len is not None
         return (
@@ -379,6 +462,17 @@ class Engine:
             validate_prompt_token_ids(ids, self.vocab_size, self.config.max_model_len),
             salt,
         )
+
+    def _check_text_length(self, text: str) -> None:
+        """Refuse a text that can't fit before it is tokenised: that takes seconds a megabyte, in
+        which no other Python thread runs, the engine's neither."""
+        assert self.tokenizer is not None and self.config.max_model_len is not None
+        longest = self.tokenizer.max_token_length * self.config.max_model_len
+        if len(text) > longest:
+            raise InvalidRequest(
+                f"the prompt has {len(text):,} characters, and max_model_len="
+                f"{self.config.max_model_len} tokens hold at most {longest:,}: shorten it"
+            )
 
     def abort(self, *request_ids: str) -> None:
         """End requests now and free all they hold; ids that have finished are passed over.
@@ -388,24 +482,27 @@ class Engine:
         """
 
         def abort() -> None:
+            known = self._states.keys() | self._finished.keys()
+            unknown = [name for name in request_ids if name not in known]
             self._abort_now(request_ids)
-            unknown = [name for name in request_ids if name not in self._states]
             if unknown:
                 raise UnknownRequest(f"no request {', '.join(map(repr, unknown))}")
 
         self._call(abort)
 
     def output(self, request_id: str) -> RequestOutput:
-        """A request's output so far, or in the end (the last thousand finished ones are kept).
+        """All of a request's output so far, or in the end. The last thousand finished ones are
+        kept, fewer if they are long.
 
         Raises:
             UnknownRequest: it was never added, or finished long ago.
         """
 
         def output() -> RequestOutput:
-            if request_id not in self._states:
+            state = self._states.get(request_id) or self._finished.get(request_id)
+            if state is None:
                 raise UnknownRequest(f"no request {request_id!r}")
-            return self._states[request_id].output()
+            return state.output()
 
         return self._call(output)
 
@@ -443,6 +540,8 @@ class Engine:
     ) -> StepRecord | None:
         """Step until no work is left, `max_steps` were taken, or `until(record)` is true; returns
         the last record. Interrupting it leaves the engine as it is after the current step."""
+        if max_steps is not None:
+            _check_positive("max_steps", max_steps)
         record = None
         for _ in itertools.count() if max_steps is None else range(max_steps):
             if not self.has_work:
@@ -453,21 +552,40 @@ class Engine:
         return record
 
     @contextlib.contextmanager
-    def driving(self) -> Iterator[None]:
-        """While inside, steps are taken in the background even if the engine is paused."""
-        self._call(lambda: self._add_driver(1))
-        try:
-            yield
-        finally:
-            if not self._is_closed:
-                self._call(lambda: self._add_driver(-1))
+    def driving(
+        self, requests: Iterable[QueueRequest], subscriber: Subscriber
+    ) -> Iterator[list[str]]:
+        """Queue `requests` together and take steps in the background, even if the engine is paused,
+        until they have finished; those that have not when the block is left are aborted. However it
+        is interrupted, none of them stays behind.
 
-    def _add_driver(self, change: int) -> None:
-        self._num_drivers += change
+        Raises:
+            EngineBusy: on the engine's own thread, which would wait for itself.
+        """
+        if self._thread.is_current:
+            raise EngineBusy(
+                "this would wait, on the engine's own thread, for steps that only this thread "
+                "takes: in a listener or subscriber, use add_request with a subscriber"
+            )
+        names: list[str] = []
+        try:
+            self._call(lambda: self._drive(requests, subscriber, names))
+            yield names
+        finally:
+            self._abort_unfinished(names)
+
+    def _drive(
+        self, requests: Iterable[QueueRequest], subscriber: Subscriber, names: list[str]
+    ) -> None:
+        """Each name is noted as soon as its request is queued, for the clean-up of an interrupted
+        caller that never got an answer."""
+        for queue_request in requests:
+            names.append(queue_request(subscriber))
+            self._driven.add(names[-1])
 
     def _wants_step(self) -> bool:
         return (
-            (self._is_started or self._num_drivers > 0)
+            (self._is_started or bool(self._driven))
             and not self._is_closed
             and self.scheduler.has_work
         )
@@ -478,54 +596,50 @@ class Engine:
         except BaseException as error:  # it reaches whoever waits for a result
             self.error = error
             self._is_started = False
+            self._driven.clear()
             for state in list(self._states.values()):
-                if state.subscriber is not None and not state.finished:
-                    state.subscriber(error)
+                if state.subscriber is not None:
+                    self._send(state, error)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> Generator[RequestOutput, None, None]:
-        """Add a request and yield its outputs as they come; leaving the loop early aborts it.
-        `options` are those of `add_request`."""
-        outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
-        name = self.add_request(prompt, params, subscriber=outputs.put, **options)
-        try:
-            with self.driving():
-                while True:
-                    output = outputs.get()
-                    if isinstance(output, BaseException):
-                        raise output
-                    yield output
-                    if output.finished:
-                        return
-        finally:
-            self.abort_unfinished([name])
+        """Yield a request's outputs as they come; leaving the loop early aborts it. It is checked
+        at once, and queued when the first output is asked for. `options` are those of
+        `check_request`, which says what is raised."""
+        return self._stream(self.check_request(prompt, params, **options))
 
-    async def astream(
+    def _stream(self, request: QueueRequest) -> Generator[RequestOutput, None, None]:
+        outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
+        with self.driving([request], outputs.put):
+            while True:
+                output = outputs.get()
+                if isinstance(output, BaseException):
+                    raise output
+                yield output
+                if output.finished:
+                    return
+
+    def astream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> AsyncIterator[RequestOutput]:
         """`stream`, for asyncio: the event loop is never blocked for a step."""
+        return self._astream(self.check_request(prompt, params, **options))
+
+    async def _astream(self, request: QueueRequest) -> AsyncIterator[RequestOutput]:
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+        names: list[str] = []
 
         def deliver(output: RequestOutput | BaseException) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens
+            try:
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
+            except RuntimeError:  # the loop has closed: nobody will listen, or clean up
+                self._abort_unfinished(names)
 
-        add = self._checked(prompt, params, subscriber=deliver, **options)
-
-        def begin() -> str:
-            name = add()
-            self._add_driver(1)
-            return name
-
-        def end(begun: Future[str]) -> None:
-            if not begun.cancelled() and begun.exception() is None:
-                self._thread.submit(lambda: self._end_stream(begun.result()))
-
-        future = self.submit(begin)
+        begun = self.submit(lambda: self._drive([request], deliver, names))
         try:
-            await asyncio.wrap_future(future)
+            await asyncio.wrap_future(begun)
             while True:
                 output = await outputs.get()
                 if isinstance(output, BaseException):
@@ -533,23 +647,27 @@ class Engine:
                 yield output
                 if output.finished:
                     return
-        finally:  # also when the task is cancelled before the request was queued
-            future.add_done_callback(end)
+        finally:  # without waiting, because the task may have been cancelled
+            begun.cancel()
+            with contextlib.suppress(EngineClosed):
+                self.submit(lambda: self._abort_now(names))
 
-    def _end_stream(self, name: str) -> None:
-        self._abort_now([name])
-        self._add_driver(-1)
-
-    def abort_unfinished(self, names: Seq[str]) -> None:
-        """`abort`, for clean-up: unknown ids and a closed engine are no error."""
-        if not self._is_closed:
-            self._call(lambda: self._abort_now(names))
+    def _abort_unfinished(self, names: Seq[str]) -> None:
+        """`abort`, for clean-up: a closed engine is no error, an interrupt does not prevent it, and
+        it may be called anywhere (the garbage collector closes a forgotten stream in the middle of
+        a step)."""
+        with contextlib.suppress(EngineClosed):
+            if self._thread.is_current:
+                self.submit(lambda: self._abort_now(names))
+            else:
+                self._call(lambda: self._abort_now(names), must_run=True)
 
     def _abort_now(self, names: Seq[str]) -> None:
         for name in names:
             state = self._states.get(name)
-            if state is not None and not state.finished:
-                self.scheduler.abort(name)
+            if state is not None:
+                if not state.finished:
+                    self.scheduler.abort(name)
                 self._retire(state, self.clock())
 
     # ------------------------------------------------------------------ looking in
@@ -594,15 +712,22 @@ class Engine:
         return self._call(lambda: explain(self.scheduler, self.history, name))
 
     def on_step(self, listener: Callable[[StepRecord], None]) -> Callable[[], None]:
-        """Have `listener(record)` called after every step, on the engine's thread: it must return
-        at once and never raise. Returns a function that ends it."""
+        """Have `listener(record)` called after every step (a failed one too), on the engine's
+        thread: it must return at once; if it raises, that is logged, and it is not called again.
+        Returns a function that ends it."""
+        if not callable(listener):
+            raise InvalidField("listener", listener, "must be callable")
         self._call(lambda: self._on_step.append(listener))
 
         def remove() -> None:
             if not self._is_closed:
-                self._call(lambda: self._on_step.remove(listener))
+                self._call(lambda: self._remove_listener(listener))
 
         return remove
+
+    def _remove_listener(self, listener: Callable[[StepRecord], None]) -> None:
+        if listener in self._on_step:
+            self._on_step.remove(listener)
 
     def set_policy(self, policy: str | Policy | type) -> None:
         """Replace the scheduling policy from the next step on."""
@@ -636,10 +761,18 @@ class Engine:
         self._check_open()
         return self._thread.submit(lambda: self._if_open(command))
 
-    def _call(self, command: Callable[[], T]) -> T:
+    def _call(self, command: Callable[[], T], *, must_run: bool = False) -> T:
         """The result of `command`, run on the engine's thread between two steps."""
         self._check_open()
-        return self._thread.call(lambda: self._if_open(command))
+        self._check_not_stepping()
+        return self._thread.call(lambda: self._if_open(command), must_run=must_run)
+
+    def _check_not_stepping(self) -> None:
+        if self._is_stepping and self._thread.is_current:
+            raise EngineBusy(
+                "the engine is in the middle of a step: a policy looks at the sequence that it is "
+                "given; to do more, have it done after the step with engine.submit(command)"
+            )
 
     def _if_open(self, command: Callable[[], T]) -> T:
         self._check_open()
@@ -651,21 +784,17 @@ class Engine:
 
     def close(self) -> None:
         """Abort every request and give all memory back. Closing twice does nothing."""
-        if self._is_closed:
+        if self._is_closed or self._thread.is_elsewhere:  # a fork's memory is its parent's
             return
+        self._check_not_stepping()
+        self._thread.stop(self._close)
 
-        def close() -> None:
-            self._is_closed = True
-            for state in list(self._states.values()):
-                if not state.finished:
-                    self.scheduler.abort(state.live.request.request_id)
-                    self._retire(state, self.clock())
-            runner, self._runner = getattr(self, "_runner", None), None
-            if runner is not None:
-                runner.close()
-
-        self._thread.call(close)
-        self._thread.stop()
+    def _close(self) -> None:
+        self._is_closed = True
+        self._abort_now(list(self._states))
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -681,6 +810,8 @@ class Engine:
     def __repr__(self) -> str:
         if self._is_closed:
             return "Engine(closed)"
+        if self._runner is None:
+            return "Engine(loading)"
         s = self.scheduler
         return (
             f"Engine({self.config.model}, step {s.step_count}, {len(s.running)} running, "
@@ -697,6 +828,11 @@ def _logprobs_of(seq: Sequence, output: StepOutput) -> dict[int, Logprob] | None
     if rows is None:
         return None
     return rows[seq.index if len(rows) > 1 else 0]
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidField(name, value, "must be a positive integer")
 
 
 def _checked_salt(salt: object) -> str | None:

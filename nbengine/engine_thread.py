@@ -8,14 +8,20 @@ collected, its memory given back, and the thread ends.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from nbengine.errors import EngineClosed
+
 T = TypeVar("T")
+
+Commands = queue.SimpleQueue[Callable[[], None] | None]
 
 
 class Steppable(Protocol):
@@ -34,13 +40,19 @@ class EngineThread:
     """Runs its owner's commands, and its steps while it wants them."""
 
     def __init__(self, owner: Steppable, name: str) -> None:
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: Commands = queue.SimpleQueue()
+        self._has_ended = threading.Event()
+        self._process = os.getpid()
         self._thread = threading.Thread(
-            target=_loop, args=(weakref.ref(owner), self._commands), name=name, daemon=True
+            target=_loop,
+            args=(weakref.ref(owner), self._commands, self._has_ended),
+            name=name,
+            daemon=True,
         )
         self._thread.start()
-        # An owner that is dropped without being stopped wakes the thread, which then ends.
-        self._on_drop = weakref.finalize(owner, self._commands.put, None)
+        # Also when the owner is dropped without being stopped, and when the interpreter exits: a
+        # daemon thread that is still inside torch would then bring the process down with it.
+        self._end = weakref.finalize(owner, _end, self._commands, self._thread)
 
     @property
     def is_current(self) -> bool:
@@ -50,44 +62,76 @@ class EngineThread:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is a fork of the process that the thread runs in."""
+        return os.getpid() != self._process
+
     def submit(self, command: Callable[[], T]) -> Future[T]:
-        """Have `command` run between two steps."""
+        """Have `command` run between two steps; at once, if the thread has ended.
+
+        Raises:
+            EngineClosed: in a fork of the thread's process.
+        """
+        if self.is_elsewhere:
+            raise EngineClosed(
+                f"this engine runs in process {self._process}, and this is its fork "
+                f"{os.getpid()}: threads are not forked, so make a new engine here (or start the "
+                "process with the `spawn` method)"
+            )
         future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = command()
-            except BaseException as error:  # it belongs to the caller, who gets all of it
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        self._commands.put(run)
+        self._commands.put(partial(_run, future, command))
+        if self._has_ended.is_set():  # perhaps too late for the thread to see it
+            _run_all(self._commands)
         return future
 
-    def call(self, command: Callable[[], T]) -> T:
+    def call(self, command: Callable[[], T], *, must_run: bool = False) -> T:
         """`submit`, and wait for the result; from the thread itself, run it at once. Interrupting
-        the wait cancels a command that has not begun."""
+        the wait takes back a command that has not begun, unless it `must_run`."""
         if self.is_current:
             return command()
         future = self.submit(command)
         try:
             return future.result()
         finally:
-            future.cancel()
+            if not must_run:
+                future.cancel()
+            del future, command  # an error's traceback holds this frame
 
-    def stop(self) -> None:
-        """End the thread after the commands that are queued now."""
-        self._on_drop()  # puts the None that ends the loop, once
-        if not self.is_current:
-            self._thread.join()
+    def stop(self, last: Callable[[], None]) -> None:
+        """Run `last` after the commands that are queued now, and end the thread. Interrupting the
+        wait stops neither."""
+        if self.is_current:
+            last()
+            self._end()
+            return
+        future = self.submit(last)
+        self._end()
+        future.result()
 
 
-def _loop(
-    owner_ref: weakref.ref[Any], commands: queue.SimpleQueue[Callable[[], None] | None]
-) -> None:
+def _end(commands: Commands, thread: threading.Thread) -> None:
+    """Have the loop end after what is queued, and wait for it."""
+    commands.put(None)
+    if threading.current_thread() is not thread:
+        thread.join()
+
+
+def _run(future: Future[T], command: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = command()
+    except BaseException as error:  # it belongs to the caller, who gets all of it
+        future.set_exception(error)
+        # The error holds this frame: if that held the future, which holds the error, the ring would
+        # keep a dropped engine's memory until the next garbage collection.
+        del future, command
+    else:
+        future.set_result(result)
+
+
+def _loop(owner_ref: weakref.ref[Any], commands: Commands, has_ended: threading.Event) -> None:
     wants_step = False
     while True:
         command: Callable[[], None] | None
@@ -107,7 +151,13 @@ def _loop(
             owner._background_step()
             wants_step = owner._wants_step()
         owner = None
-    while True:  # what was queued behind the end gets an answer
+    has_ended.set()
+    _run_all(commands)
+
+
+def _run_all(commands: Commands) -> None:
+    """What was queued behind the end gets its answer."""
+    while True:
         try:
             command = commands.get_nowait()
         except queue.Empty:

@@ -77,4 +77,9 @@ class SamplingError(NbengineError, ArithmeticError):
 
 
 class EngineClosed(NbengineError, RuntimeError):
-    """The engine was closed, and its memory given back."""
+    """The engine was closed, and its memory given back; or it lives in another process."""
+
+
+class EngineBusy(NbengineError, RuntimeError):
+    """The engine was called from inside one of its own steps (by a policy), or asked on its own
+    thread to wait for steps that only this thread can take."""

@@ -90,32 +90,26 @@ class LLM:
             InvalidRequest: the model has no template, or the messages don't fit it.
             and what `generate` raises.
         """
+        if not isinstance(messages, list | tuple):
+            raise InvalidRequest(
+                "messages are a list of dicts with role and content, or a list of such lists, not "
+                f"{type(messages).__name__}"
+            )
         if not messages:
             raise InvalidRequest("there are no messages")
-        first = messages[0]
-        conversations = [messages] if isinstance(first, Mapping) else list(messages)
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        options = _template_options(chat_template_kwargs)
+        tokenizer = self.get_tokenizer()
         prompts = [
-            self._render(
-                conversation,  # type: ignore[arg-type]  # one level deeper than its static type
-                add_generation_prompt,
-                chat_template_kwargs or {},
+            chat_prompt(
+                tokenizer,
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                **options,
             )
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-
-    def _render(
-        self,
-        messages: Seq[Message],
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Prompt:
-        return chat_prompt(
-            self.get_tokenizer(),
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            **(template_kwargs or {}),
-        )
 
     def beam_search(
         self,
@@ -125,8 +119,10 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[BeamSearchOutput]:
         """The likeliest continuations of each prompt, best first. Beams share the KV blocks of
-        their common past."""
+        their common past. Raises what `generate` raises."""
         batch = _as_batch(prompts)
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidField("params", params, "must be BeamSearchParams")
         outputs = self._run(batch, [params] * len(batch), [0] * len(batch), use_tqdm)
         return [self._beams(output) for output in outputs]
 
@@ -165,30 +161,30 @@ class LLM:
 
     def _prompt_or_chat(self, prompt: Any) -> Prompt:
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            return self._render(prompt)
+            return chat_prompt(self.get_tokenizer(), prompt)
         return prompt
 
     def _run(
         self, prompts: list[Prompt], params: Seq[Params], priorities: Seq[int], use_tqdm: bool
     ) -> list[RequestOutput]:
         engine = self.engine
+        requests = [
+            engine.check_request(prompt, p, priority=rank)
+            for prompt, p, rank in zip(prompts, params, priorities, strict=True)
+        ]
         outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
-        names: list[str] = []
-        try:
-            # None of them runs before all were accepted, unless the engine is running anyway.
-            for prompt, p, rank in zip(prompts, params, priorities, strict=True):
-                names.append(engine.add_request(prompt, p, priority=rank, subscriber=outputs.put))
-            finished: dict[str, RequestOutput] = {}
-            with engine.driving(), _ProgressBar(len(names), use_tqdm) as bar:
-                while len(finished) < len(names):
-                    output = outputs.get()
-                    if isinstance(output, BaseException):
-                        raise output
-                    finished[output.request_id] = output
-                    bar.update(output)
+        finished: dict[str, RequestOutput] = {}
+        with (
+            engine.driving(requests, outputs.put) as names,
+            _ProgressBar(len(names), use_tqdm) as bar,
+        ):
+            while len(finished) < len(names):
+                output = outputs.get()
+                if isinstance(output, BaseException):
+                    raise output
+                finished[output.request_id] = output
+                bar.update(output)
             return [finished[name] for name in names]
-        finally:
-            engine.abort_unfinished(names)
 
     def close(self) -> None:
         """Abort what runs and give all memory back."""
@@ -216,11 +212,25 @@ def chat_prompt(tokenizer: Tokenizer, messages: Seq[Message], **template_options
     return {"prompt": text, "prompt_token_ids": ids}
 
 
+def _template_options(options: object) -> dict[str, Any]:
+    """`chat_template_kwargs`, which must not take the place of an argument."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise InvalidField("chat_template_kwargs", options, "must be a dict with names as keys")
+    taken = options.keys() & {"messages", "tokenizer", "add_generation_prompt"}
+    if taken:
+        raise InvalidField(
+            "chat_template_kwargs", options, f"{', '.join(sorted(taken))} is an argument of its own"
+        )
+    return dict(options)
+
+
 def _as_batch(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A batch of prompts; one prompt is a batch of one."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Iterable):
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
         raise InvalidRequest(
             f"prompts are texts, token ids or mappings, not {type(prompts).__name__}"
         )

@@ -6,6 +6,7 @@ The engine's thread owns a `RequestState`; the outputs it makes are never change
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,9 +139,17 @@ class RequestState:
     metrics: RequestMetrics
     subscriber: Subscriber | None = None
     """Gets each output, or the exception that ended the step it was computed in. Called on the
-    engine's thread: it must return at once and never raise."""
+    engine's thread, it must return at once; if it raises, that is logged, and it gets no more."""
     samples: dict[str, _Sample] = field(default_factory=dict)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # the first token follows nothing
+
+    @property
+    def request_id(self) -> str:
+        return self.live.request.request_id
 
     @property
     def params(self) -> SamplingParams | BeamSearchParams:
@@ -177,9 +186,7 @@ class RequestState:
         token = seq.tokens[-1]
         sample.num_tokens += 1
         if entry is not None and sample.logprobs is not None:
-            if self.tokenizer is not None and params.detokenize:
-                entry = self._decoded(entry)
-            sample.logprobs.append(entry)
+            sample.logprobs.append(self._decoded(entry))
             sample.cumulative_logprob += entry[token].logprob
         if sample.detokenizer is None:
             return None
@@ -205,48 +212,81 @@ class RequestState:
     def take_prompt_logprobs(self, start: int, rows: list[dict[int, Logprob]]) -> None:
         """Logprobs of the prompt tokens from position `start` on. What was computed before a
         preemption is computed, and comes, again."""
-        if self.prompt_logprobs is None:
-            self.prompt_logprobs = [None]
+        assert self.prompt_logprobs is not None
         del self.prompt_logprobs[start:]
-        decode = self.tokenizer is not None
-        self.prompt_logprobs += [self._decoded(r) if decode else r for r in rows]
+        self.prompt_logprobs += map(self._decoded, rows)
 
     def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-        assert self.tokenizer is not None
+        params = self.params
+        if self.tokenizer is None or not (isinstance(params, SamplingParams) and params.detokenize):
+            return entry
+        decode = self.tokenizer.decode  # special tokens too: this is no text
         return {
-            token: Logprob(lp.logprob, lp.rank, self.tokenizer.decode([token]))
+            token: Logprob(lp.logprob, lp.rank, decode([token], skip_special_tokens=False))
             for token, lp in entry.items()
         }
 
     def output(self) -> RequestOutput:
-        """The request as it stands: everything so far, or what is new since the last output for
-        DELTA requests."""
+        """Everything so far. May be asked for at any time."""
+        return self._output(is_delta=False)
+
+    def next_output(self) -> RequestOutput:
+        """What the subscriber gets now: everything so far, or for DELTA requests what is new since
+        the last call."""
+        params = self.params
+        return self._output(
+            is_delta=isinstance(params, SamplingParams)
+            and params.output_kind is RequestOutputKind.DELTA
+        )
+
+    def _output(self, *, is_delta: bool) -> RequestOutput:
         request, params = self.live.request, self.params
+        sequences = self.live.sequences
         if isinstance(params, BeamSearchParams):
             outputs = self._beam_outputs()
         else:
-            is_delta = params.output_kind is RequestOutputKind.DELTA
+            for seq in sequences:  # one that ended without a token has its reason to tell
+                if seq.is_finished and seq.seq_id not in self.samples:
+                    self.samples[seq.seq_id] = self._new_sample(seq, params)
             outputs = [
                 self._completion(sample, is_delta)
                 for sample in sorted(self.samples.values(), key=lambda s: s.sequence.index)
             ]
-        self.metrics.num_preemptions = sum(s.num_preemptions for s in self.live.sequences)
         return RequestOutput(
             request.request_id,
             self.prompt,
             list(request.prompt_token_ids),
-            self.prompt_logprobs,
+            None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             outputs,
             self.finished,
-            self.metrics,
-            self.live.sequences[0].num_cached_tokens if self.live.sequences else 0,
+            dataclasses.replace(
+                self.metrics, num_preemptions=sum(s.num_preemptions for s in sequences)
+            ),
+            sequences[0].num_cached_tokens if sequences else 0,
         )
+
+    @property
+    def size(self) -> int:
+        """Tokens and logprobs kept."""
+        logprobs = [row for sample in self.samples.values() for row in sample.logprobs or ()]
+        logprobs += [row for row in self.prompt_logprobs or () if row is not None]
+        tokens = len(self.live.request.prompt_token_ids) + sum(
+            len(seq.tokens) for seq in self.live.sequences
+        )
+        return tokens + sum(map(len, logprobs))
+
+    def retire(self) -> None:
+        """Drop what only a running request needs."""
+        self.subscriber = None
+        for seq in self.live.sequences:
+            seq.contents = []
 
     def _completion(self, sample: _Sample, is_delta: bool) -> CompletionOutput:
         seq, detokenizer = sample.sequence, sample.detokenizer
         tokens = seq.output_token_ids[: sample.num_tokens]
-        start = sample.num_delivered if is_delta else 0
-        sample.num_delivered = sample.num_tokens
+        start = 0
+        if is_delta:
+            start, sample.num_delivered = sample.num_delivered, sample.num_tokens
         text = ""
         if detokenizer is not None:
             if seq.is_finished:  # also by an abort, which no token tells

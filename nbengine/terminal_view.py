@@ -216,7 +216,7 @@ def step_table(
         who = Text()
         for seq_id, num_tokens in record.scheduled.items():
             name = seq_id.partition("#")[0]
-            label = f"{seq_id}" if num_tokens == 1 else f"{seq_id}:{num_tokens} "
+            label = seq_id if num_tokens == 1 else f"{seq_id}:{num_tokens} "
             who.append(label, style=colours.get(name, "default"))
         table.add_row(
             str(record.step), str(record.num_tokens), who, Text(", ".join(decisions(record)))

@@ -51,6 +51,8 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         """One more than the largest id. The model's logits may be wider."""
+        self.max_token_length = max(map(len, vocabulary), default=0)
+        """Characters of the longest token."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. The names of special tokens inside the text become those tokens, as in
@@ -166,7 +168,10 @@ def _eos_of_generation_config(directory: Path) -> list[int]:
     file = directory / "generation_config.json"
     if not file.is_file():
         return []
-    eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
+    try:
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{file} can't be read as a JSON object: {error}") from error
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 

@@ -3,12 +3,13 @@ line on simulated lives at the end of a run."""
 
 from __future__ import annotations
 
+import json
 import os
 
 # Workers of a parallel run share the cores; more threads than cores make torch crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,61 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).eval().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For `tiny_llama`: ids 0 to 2 are special tokens, the others single bytes, with a chat
+    template. An ASCII letter has the id of its code less 30 ("A" is 35)."""
+    import tokenizers
+
+    from nbengine.detokenizer import _BYTE_OF_CHAR
+
+    special = ["<unk>", "<s>", "</s>"]
+    char_of_byte = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
+    order = [*range(33, 256), *range(33)]
+    vocabulary = {name: i for i, name in enumerate([*special, *(char_of_byte[b] for b in order)])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def make(tiny_llama: Path) -> Iterator[Callable[..., object]]:
+    """Engines over the tiny model (without a tokenizer, unless one is named); all are closed in the
+    end."""
+    from nbengine import Engine
+
+    engines = []
+
+    def make(**fields: object) -> object:
+        defaults = {
+            "num_gpu_blocks_override": 64,
+            "max_model_len": 200,
+            "dtype": "float32",
+            "skip_tokenizer_init": "tokenizer" not in fields,
+        }
+        engine = Engine(model=tiny_llama, **defaults | fields)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
 
 
 @pytest.fixture(scope="module")

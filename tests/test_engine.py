@@ -24,22 +24,6 @@ PROMPTS = [[5 + i, *range(20 + i, 20 + i + length)] for i, length in enumerate((
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
-@pytest.fixture
-def make(tiny_llama):
-    """Engines over the tiny model; all are closed in the end."""
-    engines = []
-
-    def make(**fields):
-        defaults = {"num_gpu_blocks_override": 64, "max_model_len": 200, "dtype": "float32"}
-        engine = Engine(model=tiny_llama, skip_tokenizer_init=True, **defaults | fields)
-        engines.append(engine)
-        return engine
-
-    yield make
-    for engine in engines:
-        engine.close()
-
-
 def tokens(engine, names):
     return [[o.token_ids for o in engine.output(name).outputs] for name in names]
 

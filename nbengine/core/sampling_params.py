@@ -255,27 +255,31 @@ def validate_for_model(
 
 
 def validate_prompt_token_ids(
-    ids: Iterable[int], vocab_size: int, max_model_len: int
+    ids: Collection[int], vocab_size: int, max_model_len: int
 ) -> tuple[int, ...]:
     """The prompt as a tuple of plain ints (NumPy integers are converted).
 
     Raises `InvalidRequest` for an empty prompt, an entry that is no integer in [0, vocab_size), or
     a prompt that leaves no room for an output token.
     """
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+    try:
+        if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Collection):
+            raise TypeError
+        num_tokens = len(ids)  # before all are looked at: a range may be longer than memory
+    except TypeError as error:  # also from an array without dimensions
         raise InvalidRequest(
             f"prompt token ids must be a list of integers, not {type(ids).__name__}; "
             "pass a text as the prompt itself"
+        ) from error
+    if not num_tokens:
+        raise InvalidRequest("the prompt is empty: it needs at least one token")
+    if num_tokens >= max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {num_tokens} tokens and max_model_len is {max_model_len}, which must "
+            f"leave room for at least one output token: shorten the prompt by "
+            f"{num_tokens - max_model_len + 1}, or raise max_model_len"
         )
     prompt = tuple(ids)
-    if not prompt:
-        raise InvalidRequest("the prompt is empty: it needs at least one token")
-    if len(prompt) >= max_model_len:
-        raise InvalidRequest(
-            f"the prompt has {len(prompt)} tokens and max_model_len is {max_model_len}, which must "
-            f"leave room for at least one output token: shorten the prompt by "
-            f"{len(prompt) - max_model_len + 1}, or raise max_model_len"
-        )
     for index, token_id in enumerate(prompt):
         if type(token_id) is not int and not _is_integer(token_id):
             raise InvalidRequest(

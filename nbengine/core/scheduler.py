@@ -115,7 +115,7 @@ class Scheduler:
             raise InvalidRequest(
                 f"request id {request.request_id!r} is in use: choose another, or none"
             )
-        self._check_fits(request)
+        self.check_fits(request)
         seq = Sequence(
             request.request_id,
             request,
@@ -131,7 +131,12 @@ class Scheduler:
         self._journal.added.append(request.request_id)
         return live
 
-    def _check_fits(self, request: Request) -> None:
+    def check_fits(self, request: Request) -> None:
+        """Whether the request could run if it were alone; from any thread.
+
+        Raises:
+            RequestTooLarge, InvalidRequest: as `add`.
+        """
         config = self.config
         if not request.prompt_token_ids:
             raise InvalidRequest(f"request {request.request_id}: the prompt is empty")

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def build(flags: tuple[str, ...] = FLAGS, cache: Path | None = None) -> Path:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbengine"
     library = cache / f"cpu-{name}.so"
     if not library.exists():
+        print("nbengine: compiling its CPU kernels, once (some seconds)", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             target = Path(scratch) / "kernels.so"

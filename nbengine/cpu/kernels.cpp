@@ -8,16 +8,18 @@
 // integer sums, two to an instruction and lane, and a weight costs one shift and one mask to
 // unpack. Sums over 32 values fit 32 bits: 32 * 2^15 * 2^7 = 2^27.
 //
-// Functions of the unnamed namespace that have an `omp for` are called by all threads of a team,
-// which share their work; outside a parallel region they are plain loops.
+// Functions of the unnamed namespace that take a `Worker` are called by all threads of a team, which
+// share their loops.
 //
 // Invariant: a row of output depends on its own row of input alone, to the last bit; the number of
 // rows and of threads changes neither the values nor the order in which they are added.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -126,6 +128,52 @@ struct Int8 {  // weight = scale * code; one scale for each row of weight, appli
     shorts both = (shorts)packed;
     return pair == 0 ? (ints)((both << 8) >> 8) : (ints)(both >> 8);
   }
+};
+
+// The loops of a parallel region. One is over when all its pieces are done, whoever did them: a
+// thread that another program keeps off its core is waited for only while it holds a piece, where a
+// barrier would wait for it at every loop.
+struct Team {
+  struct alignas(64) Loop {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  std::vector<Loop> loops;
+  const int threads;
+
+  Team(int64_t num_loops, int threads) : loops(num_loops), threads(threads) {}
+};
+
+// One thread of a team. All threads share the same loops in the same order.
+class Worker {
+ public:
+  explicit Worker(Team& team) : team_(team), loop_(team.loops.data()) {}
+
+  template <class Body>
+  void share(int64_t count, const Body& body) {
+    Team::Loop& loop = *loop_++;
+    const int64_t piece = std::max<int64_t>(1, count / (kPieces * team_.threads));
+    int64_t begin;
+    while ((begin = loop.next.fetch_add(piece, std::memory_order_relaxed)) < count) {
+      const int64_t end = std::min(count, begin + piece);
+      for (int64_t i = begin; i < end; i++) body(i);
+      loop.done.fetch_add(end - begin, std::memory_order_release);
+    }
+    for (int spins = 0; loop.done.load(std::memory_order_acquire) < count; spins++) {
+      if (spins > kSpins) {
+        std::this_thread::yield();
+      } else {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kPieces = 4;  // for each thread, so that a slow one takes fewer
+  static constexpr int kSpins = 2000;
+  Team& team_;
+  Team::Loop* loop_;
 };
 
 struct Input {  // [rows][groups]
@@ -264,6 +312,9 @@ void dense_block(const float* x, int64_t row, const Matrix& w, int64_t column, f
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
     floats values[Outputs];
+    // The hardware's prefetchers lose rows this short; the block after the next is in time.
+    for (int n = 0; n < Outputs; n++)
+      __builtin_prefetch(weight + (n + 2 * Outputs) * size + k);
 #pragma GCC unroll 4
     for (int n = 0; n < Outputs; n++) values[n] = load<floats>(weight + n * size + k);
 #pragma GCC unroll 8
@@ -291,22 +342,24 @@ void dense_rows(const float* x, int64_t rows, const Matrix& w, int64_t column, f
 }
 
 template <class Format>
-void multiply_quantized(const Matrix& w, const float* x, int64_t rows, float* out, bool add,
-                        Input& input) {
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < rows * w.groups(); i++) quantize(x, i, i + 1, w.in_features, input);
-#pragma omp for schedule(static)
-  for (int64_t strip = 0; strip < (w.out_features + kStrip - 1) / kStrip; strip++)
+void multiply_quantized(Worker& worker, const Matrix& w, const float* x, int64_t rows, float* out,
+                        bool add, Input& input) {
+  worker.share(rows * w.groups(),
+               [&](int64_t i) { quantize(x, i, i + 1, w.in_features, input); });
+  worker.share((w.out_features + kStrip - 1) / kStrip, [&](int64_t strip) {
     all_rows<Format>(input, 0, rows, w, strip * kTiles, out, add);
+  });
 }
 
+constexpr int64_t kLoopsOfMultiply = 2;
+
 // out = (add ? out : 0) + x w^T + bias, by a team of threads. `input` has room for rows of x.
-void multiply(const Matrix& w, const float* x, int64_t rows, float* out, bool add, Input& input) {
-  if (w.kind == 4) return multiply_quantized<Int4>(w, x, rows, out, add, input);
-  if (w.kind == 8) return multiply_quantized<Int8>(w, x, rows, out, add, input);
+void multiply(Worker& worker, const Matrix& w, const float* x, int64_t rows, float* out, bool add,
+              Input& input) {
+  if (w.kind == 4) return multiply_quantized<Int4>(worker, w, x, rows, out, add, input);
+  if (w.kind == 8) return multiply_quantized<Int8>(worker, w, x, rows, out, add, input);
   constexpr int outputs = 3;  // 8 rows by 3 outputs are 24 of 32 vector registers
-#pragma omp for schedule(static)
-  for (int64_t n = 0; n < (w.out_features + outputs - 1) / outputs; n++) {
+  worker.share((w.out_features + outputs - 1) / outputs, [&](int64_t n) {
     const int64_t begin = n * outputs, end = begin + outputs;
     if (end <= w.out_features) {
       dense_rows<outputs>(x, rows, w, begin, out, add);
@@ -314,15 +367,14 @@ void multiply(const Matrix& w, const float* x, int64_t rows, float* out, bool ad
       for (int64_t last = begin; last < w.out_features; last++)
         dense_rows<1>(x, rows, w, last, out, add);
     }
-  }
+  });
 }
 
 // x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [rows, sets, size], a row every
 // `stride` floats, with one weight for each set; out is contiguous, and may be x.
-void norm(const float* x, int64_t stride, const float* weight, float eps, int64_t rows,
-          int64_t sets, int64_t size, float* out, int64_t out_stride) {
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < rows * sets; i++) {
+void norm(Worker& worker, const float* x, int64_t stride, const float* weight, float eps,
+          int64_t rows, int64_t sets, int64_t size, float* out, int64_t out_stride) {
+  worker.share(rows * sets, [&](int64_t i) {
     const float* from = x + i / sets * stride + i % sets * size;
     const float* scale = weight + i % sets * size;
     float* to = out + i / sets * out_stride + i % sets * size;
@@ -332,7 +384,7 @@ void norm(const float* x, int64_t stride, const float* weight, float eps, int64_
     const float factor = 1.0f / std::sqrt(sum / (float)size + eps);
 #pragma omp simd
     for (int64_t j = 0; j < size; j++) to[j] = from[j] * factor * scale[j];
-  }
+  });
 }
 
 // Rotary embedding of one row of heads [heads, size] by cos_sin [2, size], where the first half of
@@ -350,16 +402,15 @@ void rotate_row(const float* x, const float* cos, int64_t heads, int64_t size, f
 }
 
 // silu(gate) * up, where a row of x [rows, 2 * size] is gate and then up.
-void gate(const float* x, int64_t rows, int64_t size, float* out) {
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < rows; i++) {
+void gate(Worker& worker, const float* x, int64_t rows, int64_t size, float* out) {
+  worker.share(rows, [&](int64_t i) {
     const float *gate = x + 2 * i * size, *up = gate + size;
 #pragma omp simd
     for (int64_t j = 0; j < size; j++) {
       const float sigmoid = 1.0f / (1.0f + exponential(-gate[j]));
       out[i * size + j] = gate[j] * sigmoid * up[j];
     }
-  }
+  });
 }
 
 // A KV cache of one layer: k and v [blocks, kv_heads, block_size, head_dim].
@@ -454,12 +505,11 @@ struct Attention {
 
 // Row s of q and out [*, heads, head_dim] for sequence s, or row rows[s] if rows are given; a row of
 // q every `stride` floats; tables [sequences, table_stride]. window and softcap: 0 for none.
-void attend(const float* q, int64_t stride, const Cache& cache, float* out, int64_t sequences,
-            const int64_t* rows, const int64_t* seq_lens, const int64_t* tables,
+void attend(Worker& worker, const float* q, int64_t stride, const Cache& cache, float* out,
+            int64_t sequences, const int64_t* rows, const int64_t* seq_lens, const int64_t* tables,
             int64_t table_stride, int64_t heads, float scale, int64_t window, float softcap) {
   const int64_t kv_heads = cache.kv_heads, dim = cache.head_dim, group = heads / kv_heads;
-#pragma omp for schedule(dynamic)
-  for (int64_t task = 0; task < sequences * kv_heads; task++) {
+  worker.share(sequences * kv_heads, [&](int64_t task) {
     const int64_t s = task / kv_heads, kv_head = task % kv_heads, row = rows ? rows[s] : s;
     const Attention attention{
         q + row * stride + kv_head * group * dim,
@@ -480,7 +530,7 @@ void attend(const float* q, int64_t stride, const Cache& cache, float* out, int6
       case 128: attention.run<128>(dim); break;
       default: attention.run<0>(dim);
     }
-  }
+  });
 }
 
 // One transformer block, mirrored by nbengine.cpu.Layer.
@@ -511,14 +561,22 @@ void linear(const Matrix* w, const float* x, int64_t rows, float* out, int threa
   static thread_local Input kept;
   Input& input = kept;  // the caller's, in every thread below
   if (w->kind != 32) input.make_room(rows, w->in_features);
+  Team team(kLoopsOfMultiply, threads);
 #pragma omp parallel num_threads(threads)
-  multiply(*w, x, rows, out, false, input);
+  {
+    Worker worker(team);
+    multiply(worker, *w, x, rows, out, false, input);
+  }
 }
 
 void rms_norm(const float* x, int64_t stride, const float* weight, float eps, int64_t rows,
               int64_t sets, int64_t size, float* out, int threads) {
+  Team team(1, threads);
 #pragma omp parallel num_threads(threads) if (rows > kFewRows)
-  norm(x, stride, weight, eps, rows, sets, size, out, sets * size);
+  {
+    Worker worker(team);
+    norm(worker, x, stride, weight, eps, rows, sets, size, out, sets * size);
+  }
 }
 
 // x [rows, heads, size], a row every `stride` floats; cos_sin [rows, 2, size]; out contiguous
@@ -530,8 +588,12 @@ void rotate(const float* x, int64_t stride, const float* cos_sin, int64_t rows, 
 }
 
 void silu_and_mul(const float* x, int64_t rows, int64_t size, float* out, int threads) {
+  Team team(1, threads);
 #pragma omp parallel num_threads(threads) if (rows > kFewRows)
-  gate(x, rows, size, out);
+  {
+    Worker worker(team);
+    gate(worker, x, rows, size, out);
+  }
 }
 
 // k and v [rows, kv_heads, head_dim], a row every k_stride and v_stride floats
@@ -549,14 +611,17 @@ void attend_decodes(const float* q, int64_t stride, float* k, float* v, float* o
                     int64_t block_size, int64_t head_dim, float scale, int64_t window,
                     float softcap, int threads) {
   const Cache cache{k, v, kv_heads, block_size, head_dim};
+  Team team(1, threads);
 #pragma omp parallel num_threads(threads)
-  attend(q, stride, cache, out, sequences, query_rows, seq_lens, tables, table_stride, heads, scale,
-         window, softcap);
+  {
+    Worker worker(team);
+    attend(worker, q, stride, cache, out, sequences, query_rows, seq_lens, tables, table_stride,
+           heads, scale, window, softcap);
+  }
 }
 
 // All layers for one token of each of `rows` sequences. x [rows, hidden]: embeddings, replaced by
-// the last layer's output. One parallel region: its threads meet at barriers, and nothing else
-// stands between two matrices.
+// the last layer's output. One parallel region: its threads share one loop after the other.
 void decode(const Layer* layers, int64_t num_layers, const Shape* shape, float* x,
             const float* cos_sin, const int64_t* slots, const int64_t* seq_lens,
             const int64_t* tables, int64_t table_stride, int64_t rows, int threads) {
@@ -577,26 +642,31 @@ void decode(const Layer* layers, int64_t num_layers, const Shape* shape, float* 
   float* gate_up = attended + rows * q_size;
   float* gated = gate_up + rows * 2 * intermediate;
 
+  constexpr int64_t loops_of_layer = 4 * kLoopsOfMultiply + 6;
+  Team team(num_layers * loops_of_layer, threads);
 #pragma omp parallel num_threads(threads)
-  for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
-    const Cache cache{layer->k_cache, layer->v_cache, kv_heads, shape->block_size, dim};
-    norm(x, hidden, layer->input_norm, eps, rows, 1, hidden, normed, hidden);
-    multiply(layer->qkv, normed, rows, qkv, false, input);
-    if (layer->qk_norm) norm(qkv, stride, layer->qk_norm, eps, rows, rotated_heads, dim, qkv, stride);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-      const float* from = qkv + i * stride;
-      float* to = rotated + i * rotated_size;
-      rotate_row(from, cos_sin + 2 * i * dim, rotated_heads, dim, to);
-      cache.write(to + q_size, from + rotated_size, slots[i]);
+  {
+    Worker worker(team);
+    for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
+      const Cache cache{layer->k_cache, layer->v_cache, kv_heads, shape->block_size, dim};
+      norm(worker, x, hidden, layer->input_norm, eps, rows, 1, hidden, normed, hidden);
+      multiply(worker, layer->qkv, normed, rows, qkv, false, input);
+      if (layer->qk_norm)
+        norm(worker, qkv, stride, layer->qk_norm, eps, rows, rotated_heads, dim, qkv, stride);
+      worker.share(rows, [&](int64_t i) {
+        const float* from = qkv + i * stride;
+        float* to = rotated + i * rotated_size;
+        rotate_row(from, cos_sin + 2 * i * dim, rotated_heads, dim, to);
+        cache.write(to + q_size, from + rotated_size, slots[i]);
+      });
+      attend(worker, rotated, rotated_size, cache, attended, rows, nullptr, seq_lens, tables,
+             table_stride, heads, shape->scale, layer->window, 0.0f);
+      multiply(worker, layer->o, attended, rows, x, true, input);
+      norm(worker, x, hidden, layer->post_attention_norm, eps, rows, 1, hidden, normed, hidden);
+      multiply(worker, layer->gate_up, normed, rows, gate_up, false, input);
+      gate(worker, gate_up, rows, intermediate, gated);
+      multiply(worker, layer->down, gated, rows, x, true, input);
     }
-    attend(rotated, rotated_size, cache, attended, rows, nullptr, seq_lens, tables, table_stride,
-           heads, shape->scale, layer->window, 0.0f);
-    multiply(layer->o, attended, rows, x, true, input);
-    norm(x, hidden, layer->post_attention_norm, eps, rows, 1, hidden, normed, hidden);
-    multiply(layer->gate_up, normed, rows, gate_up, false, input);
-    gate(gate_up, rows, intermediate, gated);
-    multiply(layer->down, gated, rows, x, true, input);
   }
 }
 

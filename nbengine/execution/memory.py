@@ -106,8 +106,8 @@ def plan_memory(
 
     `gpu_memory_utilization` is a fraction of a GPU's whole memory, or of a CPU's free memory;
     `swap_space` is in GiB of host memory. Raises `NotEnoughMemory` if weights, activations and one
-    sequence of `max_model_len` do not fit (left None, it becomes what fits), and `InvalidField` for
-    a `max_model_len` beyond the model's positions.
+    sequence of `max_model_len` do not fit (left None, it becomes what fits), or the blocks asked for
+    do not hold one; and `InvalidField` for a `max_model_len` beyond the model's positions.
     """
     positions = config.max_position_embeddings
     if max_model_len is not None and max_model_len > positions:
@@ -130,6 +130,12 @@ def plan_memory(
             raise NotEnoughMemory(
                 f"num_gpu_blocks_override={num_gpu_blocks_override} blocks of "
                 f"{block_bytes:,} bytes do not fit beside {sizes}: at most {fitting} do"
+            )
+        if max_model_len is not None and per_sequence > num_gpu_blocks_override:
+            raise NotEnoughMemory(
+                f"one sequence of max_model_len={max_model_len} needs {per_sequence} blocks of "
+                f"{block_size} tokens, and num_gpu_blocks_override={num_gpu_blocks_override}: raise "
+                f"it, or lower max_model_len to {num_gpu_blocks_override * block_size} or less"
             )
         num_blocks = num_gpu_blocks_override
     else:

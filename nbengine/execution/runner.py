@@ -19,7 +19,7 @@ from torch import Tensor
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.request import Sequence
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
-from nbengine.errors import SamplingError
+from nbengine.errors import NbengineError, NotEnoughMemory, SamplingError
 from nbengine.execution.batch import Batch
 from nbengine.execution.kv_cache import KVCache
 from nbengine.execution.memory import MemoryBudget, plan_memory
@@ -81,21 +81,30 @@ class ModelRunner:
             num_gpu_blocks_override=num_gpu_blocks_override,
             swap_space=swap_space,
         )
-        decoder = build_decoder(
-            checkpoint,
-            dtype=torch_dtype,
-            quantization=quantization,
-            device=device,
-            max_positions=budget.max_model_len,
-        )
-        kv_cache = KVCache.allocate(
-            config,
-            budget.num_blocks,
-            block_size,
-            torch_dtype,
-            device,
-            num_host_blocks=budget.num_host_blocks,
-        )
+        try:
+            decoder = build_decoder(
+                checkpoint,
+                dtype=torch_dtype,
+                quantization=quantization,
+                device=device,
+                max_positions=budget.max_model_len,
+            )
+            kv_cache = KVCache.allocate(
+                config,
+                budget.num_blocks,
+                block_size,
+                torch_dtype,
+                device,
+                num_host_blocks=budget.num_host_blocks,
+            )
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, NbengineError) or not _is_out_of_memory(error):
+                raise
+            raise NotEnoughMemory(
+                f"{device} ran out of memory while loading, although the budget had room: another "
+                f"program has taken it meanwhile. Lower gpu_memory_utilization or close the other "
+                f"program. The budget was:\n{budget}"
+            ) from error
         sampler = Sampler(config.vocab_size, device)
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
         return cls(decoder, kv_cache, sampler, block_size), budget
@@ -196,6 +205,13 @@ class ModelRunner:
                 ]
             except SamplingError as error:
                 output.errors[seq.seq_id] = error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own on GPUs; on a CPU it is a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator" in str(error)
+    )
 
 
 @dataclass(slots=True)

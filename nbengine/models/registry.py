@@ -127,13 +127,18 @@ def load_model(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is a CUDA device where there is one, else the CPU."""
+    """ "auto" is a CUDA device where there is one, else the CPU. Raises `InvalidField`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = "must be auto, cpu, cuda or cuda:N"
+    if not isinstance(device, str | torch.device):
+        raise InvalidField("device", device, problem)
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise InvalidField("device", device, "must be auto, cpu, cuda or cuda:N") from error
+        raise InvalidField("device", device, problem) from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise InvalidField("device", str(device), problem)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InvalidField(
             "device", str(device), f"this machine has {torch.cuda.device_count()} CUDA devices"
@@ -238,4 +243,4 @@ def _from_hub(name: str) -> Path:
                 for short, model in PACKAGED_MODELS.items()
             )
         ) from error
-    return Path(folder)
+    return _in_directory(Path(folder))

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import nbengine.cpu
 from nbengine.execution.attention import paged_attention, write_kv
 from nbengine.execution.batch import Batch
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "torch":
+        monkeypatch.setattr("nbengine.execution.attention.kernels", lambda: None)
+    elif nbengine.cpu.kernels() is None:
+        pytest.skip("needs a C++ compiler")
+    yield
 
 
 @dataclass
@@ -111,7 +122,10 @@ def run(case: Case, window: int | None = None, softcap: float | None = None) -> 
     )
 
 
-@settings(max_examples=60, deadline=None)
+# The fixture only chooses the backend: it holds nothing from one example to the next.
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     lengths=st.lists(
         st.tuples(st.integers(0, 70), st.one_of(st.just(1), st.integers(1, 40))),

@@ -80,9 +80,13 @@ def test_a_context_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
 
 
 def test_blocks_can_be_counted_out_by_hand():
-    assert plan(num_gpu_blocks_override=10, max_model_len=4096).num_blocks == 10
+    assert plan(num_gpu_blocks_override=10).num_blocks == 10
+    assert plan(num_gpu_blocks_override=10).max_model_len == 160
+    assert plan(num_gpu_blocks_override=10, max_model_len=160).num_blocks == 10
     with pytest.raises(NotEnoughMemory, match="at most"):
         plan(num_gpu_blocks_override=10**6)
+    with pytest.raises(NotEnoughMemory, match=r"needs 11 blocks.*lower max_model_len to 160"):
+        plan(num_gpu_blocks_override=10, max_model_len=161)
 
 
 def test_swap_space_is_counted_in_blocks_of_host_memory():

@@ -112,6 +112,9 @@ def test_a_hub_id_fetches_weights_and_texts_but_no_pickles(monkeypatch, tmp_path
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):  # a repository of other files
+        resolve_model("Qwen/Qwen3-0.6B")
+    (tmp_path / "config.json").write_text("{}")
     assert resolve_model("Qwen/Qwen3-0.6B") == tmp_path
     assert asked["name"] == "Qwen/Qwen3-0.6B"
 
