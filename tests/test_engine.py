@@ -498,3 +498,29 @@ def test_why_answers_for_running_waiting_and_finished_requests(make):
     assert "length" in str(engine.why(names[0]))
     with pytest.raises(UnknownRequest):
         engine.why("nobody")
+
+
+class TestLookingIn:
+    def test_a_sequences_keys_are_read_through_its_block_table(self, make):
+        engine = make()
+        one, other = (engine.add_request(PROMPTS[1], GREEDY) for _ in range(2))
+        engine.step()
+        snapshot = engine.snapshot()
+        tables = [list(snapshot.sequence(name).block_table) for name in (one, other)]
+        assert tables[0] != tables[1]
+        for cache in (*engine.kv_cache.k, *engine.kv_cache.v):
+            # [blocks, kv_heads, block_size, head_dim] -> [tokens, kv_heads, head_dim]
+            a, b = (cache[table].transpose(1, 2).flatten(0, 1)[:40] for table in tables)
+            assert (a - b).abs().max() < 1e-5
+        assert engine.kv_cache.k[0].shape[1] == engine.model.config.num_kv_heads
+
+    def test_a_snapshot_says_which_sequence_it_does_not_know(self, make):
+        with pytest.raises(UnknownRequest, match="no unfinished sequence 'req-9' after step 0"):
+            make().snapshot().sequence("req-9")
+
+    def test_a_closed_engine_has_nothing_to_look_into(self, make):
+        engine = make()
+        engine.close()
+        for name in ("model", "kv_cache"):
+            with pytest.raises(EngineClosed):
+                getattr(engine, name)
