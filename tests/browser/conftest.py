@@ -10,7 +10,7 @@ import pytest
 from tests.browser.lab import CHROMIUM_ARGUMENTS, Lab, find_chromium
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # not longer: Playwright keeps an event loop running
 def browser() -> Iterator[Any]:
     """Headless Chromium."""
     chromium = find_chromium()
@@ -23,7 +23,7 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # not longer: Playwright keeps an event loop running
 def lab(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Lab]:
     """A JupyterLab server."""
     pytest.importorskip("jupyterlab")
