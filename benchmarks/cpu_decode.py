@@ -240,7 +240,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_file)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     report: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).replace(str(args.llama_python), "PYTHON"),
         "machine": machine(args.threads),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
