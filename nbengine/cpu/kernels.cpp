@@ -83,6 +83,26 @@ inline floats from_halves(const uint16_t* half) {
 #endif
 }
 
+// a * b + sum, rounded once where the machine can. Left to the compiler, whether it is may differ from
+// one number of rows to another, and with it the last bit.
+inline floats multiply_add(floats a, floats b, floats sum) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return a * b + sum;
+#endif
+}
+
+inline float multiply_add(float a, float b, float sum) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return a * b + sum;
+#endif
+}
+
 inline float total(floats value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)value);
@@ -321,13 +341,14 @@ void dense_block(const float* x, int64_t row, const Matrix& w, int64_t column, f
     for (int m = 0; m < Rows; m++) {
       const floats value = load<floats>(x + m * size + k);
 #pragma GCC unroll 4
-      for (int n = 0; n < Outputs; n++) sum[m][n] += value * values[n];
+      for (int n = 0; n < Outputs; n++) sum[m][n] = multiply_add(value, values[n], sum[m][n]);
     }
   }
   for (int m = 0; m < Rows; m++)
     for (int n = 0; n < Outputs; n++) {
       float y = total(sum[m][n]);
-      for (int64_t rest = k; rest < size; rest++) y += x[m * size + rest] * weight[n * size + rest];
+      for (int64_t rest = k; rest < size; rest++)
+        y = multiply_add(x[m * size + rest], weight[n * size + rest], y);
       w.store(y, row + m, column + n, out, add);
     }
 }
