@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -75,3 +76,11 @@ def test_every_setting_has_a_meaning_in_the_docs(monkeypatch: pytest.MonkeyPatch
 
     assert documented == list(EngineConfig.__dataclass_fields__)
     assert all(meaning for _, meaning in conf.magics())
+
+
+def test_the_speeds_in_the_readme_are_those_that_were_measured() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu_decode.json").read_text())
+    rows = dict(re.findall(r"^\| ([\w. ]+?) +\|(.+)\|$", (ROOT / "README.md").read_text(), re.M))
+    for engine, speeds in results["tokens_per_second"].items():
+        shown = [float(cell) for cell in rows[engine].split("|") if cell.strip()]
+        assert shown == [speed["median"] for speed in speeds.values()]
