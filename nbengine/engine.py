@@ -142,19 +142,7 @@ class Engine:
             from nbengine.tokenizer import load_tokenizer
 
             self.tokenizer = load_tokenizer(path, config.tokenizer)
-        runner, memory = ModelRunner.load(
-            path,
-            dtype=config.dtype,
-            device=config.device,
-            quantization=config.quantization,  # type: ignore[arg-type]  # checked by the config
-            block_size=config.block_size,
-            max_model_len=config.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            num_gpu_blocks_override=config.num_gpu_blocks_override,
-            swap_space=config.swap_space if config.preemption_mode == "swap" else 0.0,
-        )
+        runner, memory = ModelRunner.load(path, config)
         self._runner = runner
         self.memory: MemoryBudget = memory
         self.config: EngineConfig = config.resolve(memory.max_model_len, memory.num_blocks)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from nbengine.config import EngineConfig
 from nbengine.errors import InvalidField, NotEnoughMemory
 from nbengine.execution.kv_cache import bytes_per_block
 from nbengine.models.config import ModelConfig
@@ -89,38 +90,30 @@ class MemoryBudget:
 
 
 def plan_memory(
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: str | None = None,
-    block_size: int = 16,
-    max_model_len: int | None = None,
-    max_num_batched_tokens: int = 2048,
-    max_num_seqs: int = 256,
-    gpu_memory_utilization: float = 0.9,
-    num_gpu_blocks_override: int | None = None,
-    swap_space: float = 0.0,
+    config: ModelConfig, settings: EngineConfig, *, dtype: torch.dtype, device: torch.device
 ) -> MemoryBudget:
     """Divide the free memory.
 
-    `gpu_memory_utilization` is a fraction of a GPU's whole memory, or of a CPU's free memory;
-    `swap_space` is in GiB of host memory. Raises `NotEnoughMemory` if weights, activations and one
+    `gpu_memory_utilization` is a fraction of a GPU's whole memory, or of a CPU's free memory. Raises `NotEnoughMemory` if weights, activations and one
     sequence of `max_model_len` do not fit (left None, it becomes what fits), or the blocks asked for
     do not hold one; and `InvalidField` for a `max_model_len` beyond the model's positions.
     """
     positions = config.max_position_embeddings
+    max_model_len, block_size = settings.max_model_len, settings.block_size
+    num_gpu_blocks_override = settings.num_gpu_blocks_override
     if max_model_len is not None and max_model_len > positions:
         raise InvalidField("max_model_len", max_model_len, f"the model has {positions} positions")
-    available, usable = _free_memory(device, gpu_memory_utilization)
-    weights = weight_bytes(config, dtype, quantization, max_model_len or positions)
-    activations = activation_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
+    available, usable = _free_memory(device, settings.gpu_memory_utilization)
+    weights = weight_bytes(config, dtype, settings.quantization, max_model_len or positions)
+    activations = activation_bytes(
+        config, dtype, settings.max_num_batched_tokens, settings.max_num_seqs
+    )
     left = usable - weights - activations
     block_bytes = bytes_per_block(config, block_size, dtype)
     sizes = (
         f"weights {_shown(weights)} and activations {_shown(activations)} of {_shown(usable)} "
         f"usable ({_shown(available)} free on {device}, "
-        f"gpu_memory_utilization={gpu_memory_utilization:g})"
+        f"gpu_memory_utilization={settings.gpu_memory_utilization:g})"
     )
     fitting = max(0, left) // block_bytes
     per_sequence = -(-(max_model_len or positions) // block_size)
@@ -150,11 +143,11 @@ def plan_memory(
                 "quantization='int8' or 'int4', a smaller max_num_batched_tokens, or a smaller "
                 "model"
             )
-        num_blocks = min(fitting, max_num_seqs * per_sequence)
+        num_blocks = min(fitting, settings.max_num_seqs * per_sequence)
         if device.type == "cpu":
             num_blocks = min(num_blocks, max(needed, MAX_CPU_KV_BYTES // block_bytes))
 
-    host_bytes = swap_space * GIB
+    host_bytes = settings.swap_space * GIB if settings.preemption_mode == "swap" else 0.0
     if device.type == "cpu":
         host_bytes = min(host_bytes, left - num_blocks * block_bytes)
     return MemoryBudget(
@@ -165,7 +158,7 @@ def plan_memory(
         block_size=block_size,
         block_bytes=block_bytes,
         num_blocks=num_blocks,
-        num_host_blocks=min(int(host_bytes // block_bytes), max_num_seqs * per_sequence),
+        num_host_blocks=min(int(host_bytes // block_bytes), settings.max_num_seqs * per_sequence),
         max_model_len=max_model_len or min(positions, num_blocks * block_size),
     )
 

@@ -10,12 +10,13 @@ the step back.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nbengine.config import EngineConfig
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.request import Sequence
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
@@ -25,8 +26,8 @@ from nbengine.execution.kv_cache import KVCache
 from nbengine.execution.memory import MemoryBudget, plan_memory
 from nbengine.execution.sampler import Sampler, SampleRow, beam_candidates, prompt_logprobs
 from nbengine.models.decoder import Decoder
-from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype, resolve_model
-from nbengine.models.weights import Quantization, build_decoder
+from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype
+from nbengine.models.weights import build_decoder
 
 _PROMPT_ROWS = 128
 """Prompt tokens scored at a time: the logits of a long prompt are larger than many a model."""
@@ -43,57 +44,31 @@ class ModelRunner:
         self._is_set_up = False
 
     @classmethod
-    def load(
-        cls,
-        model: str | os.PathLike[str],
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        quantization: Quantization | None = None,
-        block_size: int = 16,
-        max_model_len: int | None = None,
-        max_num_batched_tokens: int = 2048,
-        max_num_seqs: int = 256,
-        gpu_memory_utilization: float = 0.9,
-        num_gpu_blocks_override: int | None = None,
-        swap_space: float = 0.0,
-    ) -> tuple[ModelRunner, MemoryBudget]:
-        """A runner ready to execute, and the memory it was given; fields as in `EngineConfig`.
+    def load(cls, path: Path, settings: EngineConfig) -> tuple[ModelRunner, MemoryBudget]:
+        """A runner of the model at `path`, ready to execute, and the memory it was given.
 
         The budget comes first, from the config alone, so that a model that can't fit is refused
         before it is read. Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`,
         `NotEnoughMemory`, and `InvalidField` for an unknown dtype or quantization.
         """
-        checkpoint = open_checkpoint(resolve_model(model))
+        checkpoint = open_checkpoint(path)
         config = checkpoint.config
-        device = resolve_device(device)
-        torch_dtype = resolve_dtype(dtype, config, quantization, device)
-        budget = plan_memory(
-            config,
-            dtype=torch_dtype,
-            device=device,
-            quantization=quantization,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            gpu_memory_utilization=gpu_memory_utilization,
-            num_gpu_blocks_override=num_gpu_blocks_override,
-            swap_space=swap_space,
-        )
+        device = resolve_device(settings.device)
+        dtype = resolve_dtype(settings.dtype, config, settings.quantization, device)
+        budget = plan_memory(config, settings, dtype=dtype, device=device)
         try:
             decoder = build_decoder(
                 checkpoint,
-                dtype=torch_dtype,
-                quantization=quantization,
+                dtype=dtype,
+                quantization=settings.quantization,  # type: ignore[arg-type]  # checked by it
                 device=device,
                 max_positions=budget.max_model_len,
             )
             kv_cache = KVCache.allocate(
                 config,
                 budget.num_blocks,
-                block_size,
-                torch_dtype,
+                settings.block_size,
+                dtype,
                 device,
                 num_host_blocks=budget.num_host_blocks,
             )
@@ -107,7 +82,7 @@ class ModelRunner:
             ) from error
         sampler = Sampler(config.vocab_size, device)
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
-        return cls(decoder, kv_cache, sampler, block_size), budget
+        return cls(decoder, kv_cache, sampler, settings.block_size), budget
 
     def prepare(self, plan: StepPlan) -> Prepared:
         """The plan as the model's input."""

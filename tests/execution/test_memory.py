@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from nbengine.config import EngineConfig
 from nbengine.errors import NotEnoughMemory
 from nbengine.execution import memory
 from nbengine.execution.memory import GIB, free_host_memory, plan_memory, weight_bytes
@@ -38,7 +39,8 @@ def set_free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
 
 
 def plan(**fields):
-    return plan_memory(CONFIG, **{"dtype": torch.bfloat16, "device": CPU} | fields)
+    settings = EngineConfig(model="any", **fields)
+    return plan_memory(CONFIG, settings, dtype=torch.bfloat16, device=CPU)
 
 
 def test_a_cpu_keeps_its_kv_cache_small_unless_one_sequence_needs_more():
@@ -90,12 +92,12 @@ def test_blocks_can_be_counted_out_by_hand():
 
 
 def test_swap_space_is_counted_in_blocks_of_host_memory():
-    assert plan(swap_space=1.0).num_host_blocks == 512
+    assert plan(swap_space=1.0, preemption_mode="swap").num_host_blocks == 512
     assert plan().num_host_blocks == 0
 
 
 def test_the_budget_prints_what_it_holds():
-    text = str(plan(swap_space=1.0))
+    text = str(plan(swap_space=1.0, preemption_mode="swap"))
     for words in ("weights", "15.02 GiB", "1,024 blocks of 16 = 16,384 tokens", "reserve", "512"):
         assert words in text
     assert "16,384 tokens" in plan()._repr_html_()

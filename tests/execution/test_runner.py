@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from nbengine.config import EngineConfig
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
@@ -275,9 +276,13 @@ def test_an_empty_plan_computes_nothing(model):
     assert make_runner(model[0]).execute(StepPlan()) == StepOutput()
 
 
+def load(path, **fields):
+    return ModelRunner.load(path, EngineConfig(model=path, **fields))
+
+
 def test_close_gives_the_memory_back(tmp_path):
     save_reference("qwen2", tmp_path)
-    runner, _ = ModelRunner.load(tmp_path / "qwen2", device="cpu", num_gpu_blocks_override=10)
+    runner, _ = load(tmp_path / "qwen2", device="cpu", num_gpu_blocks_override=10)
     held = [weakref.ref(runner.decoder.embedding), weakref.ref(runner.kv_cache.data)]
     runner.close()
     assert [reference() for reference in held] == [None, None]
@@ -285,7 +290,7 @@ def test_close_gives_the_memory_back(tmp_path):
 
 def test_load_gives_a_runner_that_fits_the_budget(tmp_path):
     save_reference("qwen2", tmp_path)
-    runner, budget = ModelRunner.load(
+    runner, budget = load(
         tmp_path / "qwen2", device="cpu", num_gpu_blocks_override=10, max_model_len=64
     )
     assert runner.kv_cache.num_blocks == budget.num_blocks == 10
@@ -293,9 +298,9 @@ def test_load_gives_a_runner_that_fits_the_budget(tmp_path):
     assert runner.decoder.nbytes == budget.weights
     assert runner.decoder.max_positions == 64
     with pytest.raises(NotEnoughMemory, match="num_gpu_blocks_override=1000000000"):
-        ModelRunner.load(tmp_path / "qwen2", device="cpu", num_gpu_blocks_override=10**9)
+        load(tmp_path / "qwen2", device="cpu", num_gpu_blocks_override=10**9)
     with pytest.raises(InvalidField, match=r"max_model_len=257: the model has 256 positions"):
-        ModelRunner.load(tmp_path / "qwen2", device="cpu", max_model_len=257)
+        load(tmp_path / "qwen2", device="cpu", max_model_len=257)
     for field in ("dtype", "device", "quantization"):
         with pytest.raises(InvalidField, match=f"{field}='int3'"):
-            ModelRunner.load(tmp_path / "qwen2", **{field: "int3"})
+            load(tmp_path / "qwen2", **{field: "int3"})
