@@ -60,10 +60,6 @@ class BlockPool:
         """Blocks nobody holds that keep a prefix, next to be evicted first."""
         return tuple(self._cached)
 
-    def free_blocks(self) -> tuple[int, ...]:
-        """Blocks that hold nothing, next to be handed out first."""
-        return tuple(reversed(self._free))
-
     def allocate(self, n: int) -> list[int] | Refused:
         """Take `n` blocks, each with a reference count of one."""
         if n > self.num_available:

@@ -62,11 +62,6 @@ class Publisher:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    @property
-    def num_sent(self) -> int:
-        """Frames so far."""
-        return self._sent
-
     def wake(self, *, stale: bool = False) -> None:
         """Look at the engine now; `stale` to send a frame in any case."""
         if stale:

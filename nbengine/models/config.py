@@ -67,7 +67,6 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...] = ()
     """For each layer, how many of the latest tokens (itself included) a token attends to; None
     for all. Left empty, no layer has a window."""
-    bos_token_id: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
     dtype: str | None = None
     """`bfloat16`, `float16` or `float32`: what the checkpoint was saved in, where it says so."""
@@ -179,7 +178,6 @@ class ModelConfig:
             mlp_bias=bool(data.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
             layer_windows=_layer_windows(data, architecture, num_layers),
-            bos_token_id=min(_token_ids(data.get("bos_token_id")), default=None),
             eos_token_ids=frozenset(eos),
             dtype=dtype if isinstance(dtype, str) else None,
         )
@@ -245,7 +243,6 @@ class ModelConfig:
             mlp_bias="blk.0.ffn_down.bias" in tensor_shapes,
             qk_norm="blk.0.attn_q_norm.weight" in tensor_shapes,
             layer_windows=(window,) * num_layers,
-            bos_token_id=min(_token_ids(metadata.get("tokenizer.ggml.bos_token_id")), default=None),
             eos_token_ids=frozenset(eos),
         )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,24 +101,16 @@ class GgufCheckpoint:
         divisors = None
         if _ROPE_DIVISORS in tensors:
             divisors = tuple(self._read(tensors[_ROPE_DIVISORS]).float().tolist())
-        self._config = ModelConfig.from_gguf(
+        self.config = ModelConfig.from_gguf(
             self.header.metadata, {name: t.shape for name, t in tensors.items()}, divisors
         )
         self._tensors = {
             _hf_name(name): tensor for name, tensor in tensors.items() if name != _ROPE_DIVISORS
         }
-        self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         # Converters interleave the two halves of each head's rows in q and k of this
         # architecture, for ggml's other order of rope pairs, and leave those of Qwen alone.
         self._is_interleaved = self.header.metadata["general.architecture"] == "llama"
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
 
     def tensor(self, name: str) -> Tensor:
         return self._in_half_split_order(name, self._read(self._tensors[name]))
@@ -154,7 +145,7 @@ class GgufCheckpoint:
         kind = name.rsplit(".", 2)[-2]
         if not self._is_interleaved or kind not in ("q_proj", "k_proj"):
             return rows
-        num_heads = self._config.num_heads if kind == "q_proj" else self._config.num_kv_heads
+        num_heads = self.config.num_heads if kind == "q_proj" else self.config.num_kv_heads
         pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
         return pairs.transpose(1, 2).reshape(rows.shape)
 

@@ -60,23 +60,15 @@ class SafetensorsCheckpoint:
         """Opens the files and reads their headers. Raises `WeightsError`, `UnsupportedModel`."""
         self.directory = directory
         generation = directory / "generation_config.json"
-        self._config = ModelConfig.from_hf(
+        self.config = ModelConfig.from_hf(
             _read_json(directory / "config.json"),
             _read_json(generation) if generation.is_file() else None,
         )
         self._files = [_open(path) for path in _weight_files(directory)]
         self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
-        self._shapes = {
+        self.shapes = {
             name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()
         }
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._file_of[name].get_tensor(name)
