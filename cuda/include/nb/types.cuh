@@ -1,0 +1,53 @@
+// Element types, and rows moved 16 bytes at a time.
+//
+// Kernels are templates over T: float, __half or __nv_bfloat16. They load and store in T and compute
+// in float. Indices that count elements of a whole tensor are `int64`: rows * width passes 2^31.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace nb {
+
+using int64 = long long;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// What one thread moves with one instruction: 16 bytes, or fewer elements where N says so.
+template <typename T, int N = 16 / sizeof(T)>
+struct alignas(N * sizeof(T)) Pack {
+  static constexpr int size = N;
+  T items[N];
+};
+
+// `source` and `target` must be aligned to the pack's size.
+template <typename T, int N = 16 / sizeof(T)>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
+  return *reinterpret_cast<const Pack<T, N>*>(source);
+}
+template <typename T, int N>
+__device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(target) = pack;
+}
+
+}  // namespace nb

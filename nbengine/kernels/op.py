@@ -1,0 +1,69 @@
+"""What an op is: the unit that the engine asks for by name, and that can be verified, measured and
+swapped.
+
+Each file in `ops/` defines one `Op`: how its kernel is launched, the same computation in plain
+torch, how far the two may differ, the fewest bytes and operations it takes, and the shapes on which
+it is checked. An op writes into tensors that its caller gives (`outputs`), so that nothing is
+allocated in a captured graph and every check can fill them with NaN first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nbengine.kernels.program import Program
+
+Arguments = dict[str, Any]
+"""Of one call, by name: tensors, numbers, None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One entry of an op's shape grid. `make(generator)` gives the arguments of a call on the
+    generator's device, fresh random values each time; outputs are filled with NaN (integers with a
+    value that is wrong)."""
+
+    name: str
+    make: Callable[[torch.Generator], Arguments]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The least that a call must do, for the roofline."""
+
+    bytes_moved: int
+    """Each input read once, each output written once."""
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """|out - reference| <= absolute + relative * |reference|, element by element."""
+
+    relative: float
+    absolute: float
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """See the module."""
+
+    name: str
+    source: str
+    """Its file in `cuda/`."""
+    outputs: tuple[str, ...]
+    """The arguments that a call writes; it changes no other."""
+    launch: Callable[..., None]
+    """launch(program, **arguments): checks shapes, chooses the specialisation and the grid, and
+    launches; it neither allocates outputs nor waits for the device."""
+    reference: Callable[..., None]
+    """reference(**arguments) writes the same outputs in torch, on any device: computed in float32
+    or better and rounded once at the end."""
+    cases: Callable[[], Iterable[Case]]
+    """The shape grid, small cases first. Each is small enough to be emulated in about a second."""
+    tolerance: Callable[[Arguments], Tolerance]
+    cost: Callable[[Arguments], Cost]
