@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from nbengine.kernels.program import Program
-
 Arguments = dict[str, Any]
 """Of one call, by name: tensors, numbers, None."""
 
