@@ -9,8 +9,8 @@ allocated in a captured graph and every check can fill them with NaN first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,3 +65,10 @@ class Op:
     """The shape grid, small cases first. Each is small enough to be emulated in about a second."""
     tolerance: Callable[[Arguments], Tolerance]
     cost: Callable[[Arguments], Cost]
+    bench_cases: Callable[[], Iterable[Case]] = tuple
+    """Shapes of a model of 7 billion parameters, for `bench`: too large to be emulated."""
+    compact: Callable[[Arguments], Arguments] | None = None
+    """The same call with nothing that is too large to copy: of a KV cache, for example, the blocks
+    that the call uses, and a block table that names them. For `Kernels.record`."""
+    alternatives: Mapping[str, str] = field(default_factory=dict)
+    """Further implementations by name, each as `module:function`, imported when asked for."""

@@ -1,0 +1,146 @@
+"""`Implementation`: one way to compute an op, whatever it is written in.
+
+An op can be computed by its own `.cu`, by another one that a user writes, by the plain torch
+reference, by an alternative that the op names (in CuTe DSL) or by any Python function: each becomes
+one callable that takes the op's arguments by name. `implement` is the one place that tells them
+apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nbengine.errors import NbengineError
+from nbengine.kernels.op import Op
+from nbengine.kernels.ops import OPS
+from nbengine.kernels.program import Program
+from nbengine.kernels.source import CUDA_ROOT, Source
+
+Backend = Literal["cuda", "emulated", "reference"]
+"""What runs an op's own source: a GPU, this machine's CPU, or torch in its place."""
+
+Implementable = str | Path | Source | Program | Callable[..., None] | None
+"""What `implement` takes; see there."""
+
+
+class UnknownOp(NbengineError, AttributeError):
+    """No op has this name."""
+
+
+def op_named(op: str | Op) -> Op:
+    """Raises `UnknownOp`, listing the ops that there are."""
+    if isinstance(op, Op):
+        return op
+    if op not in OPS:
+        raise UnknownOp(f"there is no op {op!r}; the ops are {', '.join(OPS)}")
+    return OPS[op]
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """`call(**arguments)` computes the op into its output arguments."""
+
+    op: Op
+    language: str
+    """CUDA C, CUDA C (emulated), torch, or Python."""
+    origin: str
+    """Its file, or the function's name."""
+    call: Callable[..., None] = field(repr=False)
+    is_own: bool = False
+    """It is what the op comes with, and not what somebody put in its place."""
+
+    def __str__(self) -> str:
+        return f"{self.origin} ({self.language})"
+
+
+def implement(
+    op: Op,
+    what: Implementable,
+    device: torch.device,
+    backend: Backend | None = None,
+    *,
+    checks: bool = False,
+) -> Implementation:
+    """Make an implementation of `op` on `device`.
+
+    Args:
+        what: None (the op's own), CUDA C (a `Source`, the path of a `.cu`, or its text), a
+            compiled `Program`, "reference", a name in `op.alternatives`, or a function that takes
+            the op's arguments by name.
+        backend: that of None and of CUDA C; default: "cuda" on a GPU, else "emulated".
+        checks: emulate with the checks for races, wild accesses and missing barriers.
+
+    Raises:
+        ValueError: a string that is none of these.
+        FileNotFoundError: no such `.cu`.
+        ImportError: an alternative whose package is not installed.
+    """
+    backend = backend or ("cuda" if device.type == "cuda" else "emulated")
+    if what is None:
+        if backend == "reference":
+            return Implementation(op, "torch", "reference", op.reference, is_own=True)
+        program = _program(Source.of_op(op.source), device, backend, checks)
+        return Implementation(
+            op, _language(backend), f"cuda/{op.source}", _launching(op, program), is_own=True
+        )
+    if isinstance(what, str) and "\n" not in what and not what.endswith(".cu"):
+        return _named(op, what)
+    if callable(what):
+        return Implementation(op, "Python", _title(what), what)
+    if isinstance(what, str | Path):
+        is_text = isinstance(what, str) and "\n" in what
+        what = Source(str(what), f"{op.name}.cu (a string)") if is_text else Source.read(what)
+    if isinstance(what, Source):
+        what = _program(what, device, "emulated" if backend == "reference" else backend, checks)
+    language = _language("cuda" if what.device.type == "cuda" else "emulated")
+    return Implementation(op, language, _shown(what.source.name), _launching(op, what))
+
+
+def _named(op: Op, name: str) -> Implementation:
+    if name == "reference":
+        return Implementation(op, "torch", "reference", op.reference)
+    if name not in op.alternatives:
+        there = ", ".join(["reference", *op.alternatives])
+        raise ValueError(
+            f"{op.name} has no implementation {name!r}: give the path of a .cu, its text, a "
+            f"function, or one of {there}"
+        )
+    module, _, function = op.alternatives[name].partition(":")
+    call = getattr(importlib.import_module(module), function)
+    return Implementation(op, "Python", f"{name}: {module}", call)
+
+
+def _program(source: Source, device: torch.device, backend: Backend, checks: bool) -> Program:
+    program: Program
+    if backend == "cuda":
+        program = importlib.import_module("nbengine.kernels.launcher").CudaProgram(source, device)
+    else:
+        emulator = importlib.import_module("nbengine.kernels.emulator")
+        program = emulator.EmulatedProgram(source, checks=checks)
+    return program
+
+
+def _launching(op: Op, program: Program) -> Callable[..., None]:
+    return functools.partial(op.launch, program)
+
+
+def _language(backend: Backend) -> str:
+    return "CUDA C" if backend == "cuda" else "CUDA C (emulated)"
+
+
+def _shown(name: str) -> str:
+    """The project's own sources by their short names."""
+    path = Path(name)
+    return f"cuda/{path.name}" if path.parent == CUDA_ROOT else name
+
+
+def _title(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{getattr(function, '__module__', '')}.{name}".lstrip(".")

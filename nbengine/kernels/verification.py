@@ -1,0 +1,189 @@
+"""`verify`: is an implementation right?
+
+A call is made twice on copies of the same arguments, by the implementation and by the op's
+reference. Then every output must agree within the op's tolerance, and nothing else may have
+changed: no input, and nothing between the rows of an output that is a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+
+import torch
+from torch import Tensor
+
+from nbengine.errors import NbengineError
+from nbengine.kernels.arguments import cloned, span
+from nbengine.kernels.display import table_html, table_text
+from nbengine.kernels.implementation import Implementable, Implementation, implement, op_named
+from nbengine.kernels.op import Arguments, Case, Op, Tolerance
+from nbengine.kernels.program import Program
+
+
+class Mismatch(NbengineError, AssertionError):
+    """An output differs from the reference, first at `index` of `argument`; or, where `index` is
+    None, something was changed that is no output."""
+
+    def __init__(
+        self,
+        message: str,
+        argument: str,
+        index: tuple[int, ...] | None = None,
+        found: float | None = None,
+        wanted: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.argument, self.index, self.found, self.wanted = argument, index, found, wanted
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Verified:
+    """That an implementation agrees, and how closely: the largest error of each case, as a
+    fraction of what is allowed."""
+
+    op: str
+    implementation: str
+    errors: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+    def table(self) -> str:
+        """Case by case."""
+        return table_text(_HEADERS, self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [(name, f"{error:.1%}") for name, error in self.errors.items()]
+
+    def __repr__(self) -> str:
+        num = len(self.errors)
+        return (
+            f"{self.op}: {self.implementation} agrees with the reference on {num} "
+            f"call{'s' * (num != 1)}; the largest error is {self.worst:.0%} of what is allowed"
+        )
+
+    def _repr_html_(self) -> str:
+        calls = table_html(_HEADERS, self._rows())
+        return f"<details><summary>{escape(repr(self))}</summary>{calls}</details>"
+
+
+_HEADERS = ("call", "largest error, of what is allowed")
+
+
+def verify(
+    op: str | Op,
+    what: Implementable = None,
+    cases: Iterable[Case] | None = None,
+    seed: int = 0,
+    *,
+    device: torch.device | str | None = None,
+) -> Verified:
+    """Check an implementation on the op's grid: on the GPU where there is one, else emulated with
+    every check on.
+
+    Args:
+        what: None (the op's own `.cu`), CUDA C (text, path, `Source`), a `Program`, a Python
+            function of the op's arguments, or the name of an alternative ("cute").
+        cases: in place of the op's grid.
+        device: in place of the `Program`'s, or of the machine's first GPU.
+
+    Raises:
+        Mismatch: with the first wrong element, its index and both values.
+    """
+    found = op_named(op)
+    if device is None:
+        if isinstance(what, Program):
+            device = what.device
+        else:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    return verify_implementation(implement(found, what, device, checks=True), device, cases, seed)
+
+
+def verify_implementation(
+    implementation: Implementation,
+    device: torch.device,
+    cases: Iterable[Case] | None = None,
+    seed: int = 0,
+    live_arguments: Iterable[Arguments] = (),
+) -> Verified:
+    """`verify` on the op's grid and on the arguments of calls that were made elsewhere."""
+    op = implementation.op
+    errors = {}
+    for case in op.cases() if cases is None else cases:
+        arguments = case.make(torch.Generator(device).manual_seed(seed))
+        errors[case.name] = _verify_call(implementation, arguments, case.name)
+    for i, arguments in enumerate(live_arguments):
+        name = f"live call {i}"
+        errors[name] = _verify_call(implementation, arguments, name)
+    return Verified(op.name, str(implementation), errors)
+
+
+def verify_call(op: Op, program: Program, arguments: Arguments, name: str = "") -> float:
+    """Check one call, which changes nothing of `arguments`. Returns the largest error, as a
+    fraction of what is allowed. Raises `Mismatch`."""
+    return _verify_call(implement(op, program, program.device), arguments, name)
+
+
+def _verify_call(implementation: Implementation, arguments: Arguments, name: str) -> float:
+    op = implementation.op
+    found = cloned(arguments)
+    wanted = cloned(arguments, lambda name, tensor: name in op.outputs)
+    implementation.call(**found)
+    op.reference(**wanted)
+    tolerance = op.tolerance(arguments)
+    written = {id(arguments.get(key)) for key in op.outputs}
+    worst = 0.0
+    for key, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        given, title = arguments[key], f"{op.name} {name}: {key}".replace(" :", ":")
+        if key in op.outputs:
+            worst = max(worst, _compare(tolerance, key, title, tensor, wanted[key]))
+            tensor.copy_(given)
+            if not _same_bytes(span(tensor), span(given)):
+                raise Mismatch(f"{title} is a slice, and memory between its rows was changed", key)
+        elif id(given) not in written and not _same_bytes(span(tensor), span(given)):
+            raise Mismatch(f"{title} is an input, and was changed", key)
+    return worst
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.equal(a.view(torch.uint8), b.view(torch.uint8)))
+
+
+_CHUNK = 1 << 26
+"""Elements compared at a time: in float64 a large output would need ten times its own memory."""
+
+
+def _compare(
+    tolerance: Tolerance, argument: str, title: str, found: Tensor, wanted: Tensor
+) -> float:
+    worst, num_wrong, first = 0.0, 0, None
+    rows = max(1, _CHUNK // max(1, found[:1].numel())) if found.dim() else 1
+    found, wanted = torch.atleast_1d(found), torch.atleast_1d(wanted)
+    for start in range(0, len(found), rows):
+        a, b = (x[start : start + rows].double() for x in (found, wanted))
+        allowed = tolerance.absolute + tolerance.relative * b.abs()
+        same = (a == b) | (a.isnan() & b.isnan())  # infinities, and what neither may write
+        fraction = torch.where(same, 0.0, (a - b).abs() / allowed).nan_to_num(torch.inf, torch.inf)
+        wrong = fraction > 1
+        if first is None and bool(wrong.any()):
+            at = tuple(int(i) for i in wrong.nonzero()[0])
+            first = (start + at[0], *at[1:]), a[at].item(), b[at].item(), allowed[at].item()
+        num_wrong += int(wrong.sum())
+        worst = max(worst, float(fraction.max())) if fraction.numel() else worst
+    if first is not None:
+        index, a_first, b_first, allowed_first = first
+        raise Mismatch(
+            f"{title}{list(index)} is {a_first:.6g}, the reference says {b_first:.6g} (allowed: "
+            f"{allowed_first:.2g}); {num_wrong:,} of {found.numel():,} elements are wrong",
+            argument,
+            index,
+            a_first,
+            b_first,
+        )
+    return worst

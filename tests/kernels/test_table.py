@@ -1,0 +1,142 @@
+"""`Kernels`: calls reach what was bound, a swap is verified first, and graphs hear of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nbengine.kernels.implementation import UnknownOp
+from nbengine.kernels.lab import Mismatch
+from nbengine.kernels.ops import OPS
+from nbengine.kernels.table import Kernels
+
+
+def call(kernels, x):
+    out = torch.full_like(x, torch.nan)
+    kernels.rms_norm(out=out, x=x, weight=torch.ones(x.shape[-1]), eps=1e-5)
+    return out
+
+
+def arguments(kernels):
+    """Of a call that `record` saw."""
+    recording = kernels.record("rms_norm")
+    call(kernels, torch.randn(2, 64))
+    return recording.calls
+
+
+@pytest.fixture
+def kernels():
+    return Kernels("cpu")
+
+
+def double(**arguments):
+    OPS["rms_norm"].reference(**arguments)
+    arguments["out"].mul_(2)
+
+
+def same(**arguments):
+    same.calls += 1
+    OPS["rms_norm"].reference(**arguments)
+
+
+same.calls = 0
+
+
+def test_without_a_gpu_the_reference_runs(kernels):
+    x = torch.tensor([[3.0, 4.0]])
+    assert torch.allclose(call(kernels, x), x / 12.5**0.5)
+    assert kernels.implementation("rms_norm").language == "torch"
+
+
+def test_an_op_is_bound_once(kernels):
+    assert kernels.rms_norm is kernels.rms_norm
+    assert "rms_norm" in vars(kernels)
+
+
+def test_an_unknown_op_is_an_attribute_error_that_lists_the_ops(kernels):
+    assert not hasattr(kernels, "rms_nrom")
+    with pytest.raises(UnknownOp, match=r"'rms_nrom'; the ops are .*rms_norm"):
+        kernels.rms_nrom()
+
+
+def test_a_backend_and_a_device_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="kernels='cuda' does not go with device cpu"):
+        Kernels("cpu", "cuda")
+    with pytest.raises(ValueError, match="does not go with device cuda"):
+        Kernels("cuda", "emulated")
+    with pytest.raises(ValueError, match="kernels='gpu'"):
+        Kernels("cpu", "gpu")
+
+
+def test_a_swap_is_verified_and_then_runs_and_restore_takes_it_back(kernels):
+    swapped = kernels.swap("rms_norm", same)
+    assert kernels.version == 1
+    assert str(swapped.before) == "reference (torch)" and "same (Python)" in str(swapped)
+    assert set(swapped.verified.errors) == {case.name for case in OPS["rms_norm"].cases()}
+    before = same.calls
+    call(kernels, torch.randn(2, 64))
+    assert same.calls == before + 1
+    assert repr(kernels) == "Kernels('cpu', 'reference', 1 swapped)"
+
+    kernels.restore("rms_norm")
+    assert kernels.version == 2
+    call(kernels, torch.randn(2, 64))
+    assert same.calls == before + 1
+    kernels.restore("rms_norm")
+    assert kernels.version == 2
+
+
+def test_a_wrong_implementation_is_refused_and_nothing_changes(kernels):
+    bound = kernels.rms_norm
+    with pytest.raises(Mismatch, match=r"out\[0, 0\] is .* the reference says"):
+        kernels.swap("rms_norm", double)
+    assert kernels.rms_norm is bound and kernels.version == 0
+
+
+def test_an_implementation_that_fails_on_a_live_call_alone_is_refused(kernels):
+    def only_the_grid(**arguments):
+        OPS["rms_norm"].reference(**arguments)
+        if arguments["x"].shape == (2, 64):
+            arguments["out"][1, 5] = 9.0
+
+    grid = {tuple(c.make(torch.Generator())["x"].shape) for c in OPS["rms_norm"].cases()}
+    assert (2, 64) not in grid
+    live = arguments(kernels)
+    with pytest.raises(Mismatch, match=r"rms_norm live call 0: out\[1, 5\] is 9"):
+        kernels.swap("rms_norm", only_the_grid, live_arguments=live)
+    assert kernels.version == 0
+
+
+def test_recording_keeps_the_arguments_as_they_were_before_the_call(kernels):
+    recording = kernels.record("rms_norm", num_calls=2)
+    x = torch.randn(2, 64)
+    residual = torch.zeros(2, 64)
+    given = {"out": torch.empty(2, 64), "x": x, "weight": torch.ones(64), "eps": 1e-5}
+    for _ in range(3):
+        kernels.rms_norm(**given, residual=residual)
+    assert recording.is_complete and len(recording.calls) == 2
+    assert torch.equal(recording.calls[0]["residual"], torch.zeros(2, 64))
+    assert torch.equal(recording.calls[1]["residual"], x)
+    assert torch.equal(residual, 3 * x)
+    assert kernels.rms_norm is kernels.implementation("rms_norm").call
+
+
+def test_recording_ends_when_told_and_with_a_swap(kernels):
+    recording = kernels.record("rms_norm")
+    recording.stop()
+    call(kernels, torch.randn(2, 64))
+    assert recording.calls == []
+
+    recording = kernels.record("rms_norm")
+    kernels.swap("rms_norm", same)
+    recording.stop()
+    assert kernels.rms_norm is same
+
+
+def test_the_list_of_implementations_says_what_runs(kernels):
+    kernels.swap("rms_norm", same)
+    rows = {row.op.name: row for row in kernels.implementations}
+    assert set(rows) == set(OPS)
+    assert not rows["rms_norm"].is_own
+    assert "swapped" in str(kernels.implementations)
+    assert "<td" in kernels.implementations._repr_html_()
