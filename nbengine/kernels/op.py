@@ -65,6 +65,8 @@ class Op:
     """The shape grid, small cases first. Each is small enough to be emulated in about a second."""
     tolerance: Callable[[Arguments], Tolerance]
     cost: Callable[[Arguments], Cost]
+    scratch: tuple[str, ...] = ()
+    """The arguments that a call may leave with any contents."""
     bench_cases: Callable[[], Iterable[Case]] = tuple
     """Shapes of a model of 7 billion parameters, for `bench`: too large to be emulated."""
     compact: Callable[[Arguments], Arguments] | None = None

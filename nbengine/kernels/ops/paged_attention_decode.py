@@ -1,0 +1,309 @@
+"""Attention of one query row a sequence over its paged KV cache: the decode step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
+from nbengine.kernels.program import Program
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_GROUP = 16
+_CPU_WORKERS = 6
+"""In the emulator: few enough that small cases have chunks of several sequences."""
+
+
+def workspace_bytes(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Size of the uint8 `workspace` of a launch, whatever its sequences: partial results of each
+    worker (two at most) and a counter. Zero it once; every launch leaves the counters zero, so that
+    launches on one stream may share it."""
+    workers = _workers(device)
+    rows = 8 * -(-num_heads // num_kv_heads // 8)
+    return _counter_bytes(workers) + 2 * workers * rows * (head_dim + 2) * 4
+
+
+def launch(
+    program: Program,
+    *,
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    workspace: Tensor,
+    scale: float,
+    max_seq_len: int,
+    rows: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """out[row] = softmax(scale * q[row] K^T) V, over the `seq_lens[s]` tokens of sequence s.
+
+    q and out are `[T, heads, head_dim]`, and their rows may be slices of wider ones; sequence s has
+    row `rows[s]`, or row s. The caches are `[num_blocks, kv_heads, block_size, head_dim]`;
+    `block_tables` `[S, max_blocks]` names each sequence's blocks. `seq_lens` `[S]` counts the
+    query's own token; of a sequence of length 0 (padding in a captured graph) nothing is read and
+    nothing written. A row sees the last `window` tokens, if given; `softcap` bounds the scores to
+    softcap * tanh(scores / softcap).
+
+    Lengths stay on the device, and the work is divided there: `max_seq_len` only bounds the grid.
+
+    Raises:
+        ValueError: a shape, stride or workspace size that the kernel does not take.
+    """
+    num_seqs, (_, num_heads, head_dim) = len(seq_lens), q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    group = num_heads // num_kv_heads
+    _check(q, out, k_cache, v_cache, block_tables, workspace)
+    warps, query_tiles = 8, -(-group // 8)
+    workers = _workers(program.device)
+    unit = 16 * warps
+    units = num_seqs * num_kv_heads * -(-max_seq_len // unit)
+    kernel = program.kernel("paged_attention_decode", q.dtype, head_dim, query_tiles, warps)
+    kernel[min(workers, units), 32 * warps](
+        out,
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        rows,
+        workspace,
+        _counter_bytes(workers),
+        num_seqs,
+        num_kv_heads,
+        group,
+        block_size.bit_length() - 1,
+        block_tables.stride(0),
+        q.stride(0),
+        out.stride(0),
+        scale,
+        window or 0,
+        softcap or 0.0,
+    )
+
+
+def _check(
+    q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, workspace: Tensor
+) -> None:
+    num_heads, head_dim = q.shape[1:]
+    _, num_kv_heads, block_size, cache_dim = k_cache.shape
+    if head_dim not in HEAD_DIMS or cache_dim != head_dim:
+        raise ValueError(
+            f"head_dim must be one of {HEAD_DIMS} in q and cache, not {head_dim} and {cache_dim}"
+        )
+    if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
+        raise ValueError(
+            f"{num_heads} query heads over {num_kv_heads} KV heads: give a whole number of query "
+            f"heads for each KV head, {MAX_GROUP} at most"
+        )
+    if block_size < 8 or block_size & (block_size - 1):
+        raise ValueError(f"block_size must be a power of two from 8 on, not {block_size}")
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape):
+        raise ValueError("k_cache and v_cache must be dense and of one shape")
+    if tables.stride(1) != 1:
+        raise ValueError("the rows of block_tables must be dense")
+    for name, tensor in (("q", q), ("out", out)):
+        if tensor.stride()[1:] != (head_dim, 1) or tensor.stride(0) * tensor.element_size() % 16:
+            raise ValueError(
+                f"{name} must have dense rows that start at multiples of 16 bytes; its strides are "
+                f"{tensor.stride()}"
+            )
+    needed = workspace_bytes(q.device, num_heads, num_kv_heads, head_dim)
+    if workspace.numel() < needed:
+        raise ValueError(f"the workspace has {workspace.numel():,} bytes; {needed:,} are needed")
+
+
+@cache
+def _workers(device: torch.device) -> int:
+    """Blocks of the grid: as many as the device holds at once."""
+    if device.type == "cpu":
+        return _CPU_WORKERS
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _counter_bytes(workers: int) -> int:
+    return 16 * -(-workers // 4)
+
+
+def reference(
+    *,
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    workspace: Tensor,
+    scale: float,
+    max_seq_len: int,
+    rows: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    for s, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            continue
+        row = s if rows is None else int(rows[s])
+        start = max(0, length - window) if window else 0
+        positions = torch.arange(start, length, device=q.device)
+        blocks, slots = block_tables[s, positions // block_size], positions % block_size
+        k = k_cache[blocks, :, slots].float().transpose(0, 1)  # [kv_heads, length, head_dim]
+        v = v_cache[blocks, :, slots].float().transpose(0, 1)
+        scores = q[row].float().view(num_kv_heads, -1, head_dim) @ k.mT * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[row] = (scores.softmax(-1) @ v).reshape(-1, head_dim)
+
+
+def cases() -> Iterator[Case]:
+    half, bfloat, single = torch.float16, torch.bfloat16, torch.float32
+    edges = (1, 15, 16, 17, 0, 33)
+    ragged = (300, 5, 700, 0, 64)
+    yield case(bfloat, (1, 2, 64), 16, edges)
+    yield case(bfloat, (2, 2, 64), 8, edges, spread_rows=True)
+    yield case(bfloat, (4, 2, 64), 32, ragged, softcap=5.0)
+    yield case(bfloat, (7, 2, 128), 16, ragged)
+    yield case(bfloat, (7, 1, 128), 16, (900,))
+    yield case(bfloat, (8, 1, 80), 16, (129, 31))
+    yield case(bfloat, (8, 1, 96), 256, (129, 31))
+    yield case(bfloat, (2, 1, 256), 16, (40, 273))
+    yield case(bfloat, (16, 1, 64), 64, (600, 9), window=256)
+    yield case(half, (7, 2, 128), 16, ragged, window=100)
+    yield case(half, (4, 1, 64), 16, (1,), window=1)
+    yield case(single, (3, 3, 64), 16, edges)
+    yield case(single, (3, 1, 64), 8, (400, 77), window=140, softcap=3.0, spread_rows=True)
+    yield case(single, (9, 1, 80), 32, (290,))
+
+
+def case(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    block_size: int,
+    lengths: Sequence[int],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    spread_rows: bool = False,
+) -> Case:
+    """`heads` is (query heads a KV head, KV heads, head_dim). The blocks lie in random order; every
+    slot that no sequence sees holds NaN. With `spread_rows`, queries lie in rows of a wider batch,
+    in another order."""
+    group, kv_heads, head_dim = heads
+
+    def make(generator: torch.Generator) -> Arguments:
+        device = generator.device
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        def shuffled(n: int) -> Tensor:
+            return torch.randperm(n, generator=generator, device=device)
+
+        seq_lens = torch.tensor(lengths, device=device)
+        num_blocks = [-(-length // block_size) for length in lengths]
+        order = 1 + shuffled(sum(num_blocks))  # block 0 is no sequence's
+        tables = torch.zeros(len(lengths), max(num_blocks) + 1, dtype=torch.int64, device=device)
+        caches = [
+            torch.full(
+                (len(order) + 1, kv_heads, block_size, head_dim),
+                torch.nan,
+                dtype=dtype,
+                device=device,
+            )
+            for _ in range(2)
+        ]
+        for s, blocks in enumerate(order.split(num_blocks)):
+            tables[s, : len(blocks)] = blocks
+            first = max(0, lengths[s] - window) if window else 0
+            positions = torch.arange(first, lengths[s], device=device)
+            for kv in caches:
+                kv[blocks[positions // block_size], :, positions % block_size] = normal(
+                    len(positions), kv_heads, head_dim
+                )
+        num_rows = 2 * len(lengths) if spread_rows else len(lengths)
+        qkv = normal(num_rows, (group + 2) * kv_heads, head_dim)
+        num_heads = group * kv_heads
+        return {
+            "out": torch.full((num_rows, num_heads, head_dim), torch.nan, dtype=dtype).to(device),
+            "q": qkv[:, :num_heads],
+            "k_cache": caches[0],
+            "v_cache": caches[1],
+            "block_tables": tables[:, :-1],
+            "seq_lens": seq_lens,
+            "rows": shuffled(num_rows)[: len(lengths)] if spread_rows else None,
+            "workspace": torch.zeros(
+                workspace_bytes(device, num_heads, kv_heads, head_dim),
+                dtype=torch.uint8,
+                device=device,
+            ),
+            "scale": 1 / math.sqrt(head_dim),
+            "window": window,
+            "softcap": softcap,
+            "max_seq_len": max(lengths),
+        }
+
+    name = f"{str(dtype)[6:]}-{group}x{kv_heads}x{head_dim}-block{block_size}"
+    name += f"-{len(lengths)}seqs-{max(lengths)}"
+    name += f"-window{window}" if window else ""
+    name += "-softcap" if softcap else ""
+    return Case(name + ("-rows" if spread_rows else ""), make)
+
+
+def bench_cases() -> Iterator[Case]:
+    """The shapes whose speed counts: 28 query and 4 KV heads of 128 in blocks of 16."""
+    heads = (7, 4, 128)
+    ragged = torch.linspace(16, 8192, 64).long().tolist()
+    for lengths in ([2048] * 128, [2048] * 32, ragged, [32768]):
+        yield case(torch.bfloat16, heads, 16, lengths)
+
+
+def tolerance(arguments: Arguments) -> Tolerance:
+    return {
+        torch.float32: Tolerance(2e-5, 1e-5),
+        torch.float16: Tolerance(4e-3, 1e-3),
+        torch.bfloat16: Tolerance(1.6e-2, 6e-3),
+    }[arguments["out"].dtype]
+
+
+def cost(arguments: Arguments) -> Cost:
+    q, kv, window = arguments["q"], arguments["k_cache"], arguments["window"]
+    seq_lens = arguments["seq_lens"]
+    seen = int((seq_lens.clamp(max=window) if window else seq_lens).sum())
+    _, num_kv_heads, _, head_dim = kv.shape
+    queries = len(seq_lens) * q.shape[1] * head_dim
+    keys = seen * num_kv_heads * head_dim
+    return Cost((2 * keys + 2 * queries) * q.element_size(), 4 * seen * q.shape[1] * head_dim)
+
+
+def compact(arguments: Arguments) -> Arguments:
+    tables, block_size = arguments["block_tables"], arguments["k_cache"].shape[2]
+    num_blocks = -(-arguments["seq_lens"] // block_size)
+    used = torch.arange(tables.shape[1], device=tables.device) < num_blocks[:, None]
+    blocks, renamed = tables[used].unique(return_inverse=True)
+    new_tables = torch.zeros_like(tables)
+    new_tables[used] = renamed
+    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
+    return {**arguments, **caches, "block_tables": new_tables}
+
+
+OP = Op(
+    name="paged_attention_decode",
+    source="paged_attention_decode.cu",
+    outputs=("out",),
+    launch=launch,
+    reference=reference,
+    cases=cases,
+    tolerance=tolerance,
+    cost=cost,
+    scratch=("workspace",),
+    bench_cases=bench_cases,
+    compact=compact,
+)
