@@ -8,63 +8,73 @@
 // weight   [sets, kSize] float: one set for a layer's norm, one a head for norms on q and k
 // out      [T, sets, kSize], rows of `out_stride` elements; may be x itself
 //
-// One block of kThreads for each (token, set). A thread keeps its 16-byte packs of the row in
-// registers between the sum and the product, so each byte is read once: the row in and out, and the
-// residual in and out (the weight stays in L2).
+// kLanes threads take a row (one token's set); a block takes kRows rows. A layer's row has a block of
+// its own; a head's fits into part of a warp, and then a block takes as many heads as fill four warps.
+// A lane issues its loads of the row, the residual and the weight at once and keeps them in registers
+// across the reduction, so a row costs one trip to memory and each byte moves once: the row in and
+// out, the residual in and out (the weight is read by every row and stays in the L2).
 
 #include "nb/reduce.cuh"
 #include "nb/types.cuh"
 
-template <typename T, int kSize, int kThreads, bool kResidual>
-__global__ void __launch_bounds__(kThreads)
-    rms_norm(T* out, const T* x, T* residual, const float* __restrict__ weight, int num_sets,
-             nb::int64 x_stride, nb::int64 out_stride, float eps) {
-  using Pack = nb::Pack<T>;
-  constexpr int kPacks = kSize / Pack::size;
-  constexpr int kPacksPerThread = (kPacks + kThreads - 1) / kThreads;
-  static_assert(kSize % Pack::size == 0, "rows of whole 16-byte packs");
-  __shared__ float partials[kThreads / nb::kWarpSize];
+template <typename T, int kSize, int kLanes, int kRows, bool kResidual>
+__global__ void __launch_bounds__(kLanes* kRows)
+    rms_norm(T* out, const T* x, T* residual, const float* __restrict__ weight, int num_rows,
+             int num_sets, nb::int64 x_stride, nb::int64 out_stride, float eps) {
+  constexpr int kPack = nb::pack_size<T>(kSize);
+  constexpr int kPacksPerLane = (kSize / kPack + kLanes - 1) / kLanes;
+  static_assert(kRows == 1 || kLanes <= nb::kWarpSize, "rows that share a block are parts of warps");
 
-  const nb::int64 token = blockIdx.x / num_sets;
-  const int set = blockIdx.x % num_sets;
-  const T* row = x + token * x_stride + set * kSize;
+  const int lane = threadIdx.x % kLanes;
+  const int row = blockIdx.x * kRows + threadIdx.x / kLanes;
+  const nb::int64 token = row / num_sets;
+  const int set = row % num_sets;
+  x += token * x_stride + set * kSize;
+  out += token * out_stride + set * kSize;
+  weight += set * kSize;
 
-  Pack packs[kPacksPerThread];
+  nb::Pack<T, kPack> packs[kPacksPerLane];
+  nb::Pack<float, kPack> weights[kPacksPerLane];
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPacksPerThread; ++i) {
-    const int at = (i * kThreads + threadIdx.x) * Pack::size;
-    if (at >= kSize) continue;
-    packs[i] = nb::load_pack(row + at);
+  for (int i = 0; i < kPacksPerLane; ++i) {
+    const int at = (i * kLanes + lane) * kPack;
+    if (at >= kSize || row >= num_rows) continue;  // and join the reduction below
+    packs[i] = nb::load_pack<T, kPack>(x + at);
+    weights[i] = nb::load_pack<float, kPack>(weight + at);
     if constexpr (kResidual) {
       T* kept = residual + token * kSize + at;
-      const Pack before = nb::load_pack(kept);
+      const auto before = nb::load_pack<T, kPack>(kept);
 #pragma unroll
-      for (int j = 0; j < Pack::size; ++j) {
+      for (int j = 0; j < kPack; ++j) {
         packs[i].items[j] = nb::from_float<T>(nb::to_float(before.items[j]) +
                                               nb::to_float(packs[i].items[j]));
       }
       nb::store_pack(kept, packs[i]);
     }
 #pragma unroll
-    for (int j = 0; j < Pack::size; ++j) {
+    for (int j = 0; j < kPack; ++j) {
       const float value = nb::to_float(packs[i].items[j]);
       sum += value * value;
     }
   }
-  sum = nb::block_reduce<kThreads>(sum, nb::Sum(), partials);
+  if constexpr (kLanes <= nb::kWarpSize) {
+    sum = nb::warp_reduce<nb::Sum, kLanes>(sum, nb::Sum());
+  } else {
+    __shared__ float partials[kLanes / nb::kWarpSize];
+    sum = nb::block_reduce<kLanes>(sum, nb::Sum(), partials);
+  }
   const float scale = rsqrtf(sum / kSize + eps);
 
-  T* target = out + token * out_stride + set * kSize;
 #pragma unroll
-  for (int i = 0; i < kPacksPerThread; ++i) {
-    const int at = (i * kThreads + threadIdx.x) * Pack::size;
-    if (at >= kSize) continue;
+  for (int i = 0; i < kPacksPerLane; ++i) {
+    const int at = (i * kLanes + lane) * kPack;
+    if (at >= kSize || row >= num_rows) continue;
 #pragma unroll
-    for (int j = 0; j < Pack::size; ++j) {
-      packs[i].items[j] = nb::from_float<T>(nb::to_float(packs[i].items[j]) * scale *
-                                            weight[set * kSize + at + j]);
+    for (int j = 0; j < kPack; ++j) {
+      packs[i].items[j] =
+          nb::from_float<T>(nb::to_float(packs[i].items[j]) * scale * weights[i].items[j]);
     }
-    nb::store_pack(target + at, packs[i]);
+    nb::store_pack(out + at, packs[i]);
   }
 }

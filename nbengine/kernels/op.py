@@ -45,6 +45,13 @@ class Tolerance:
     relative: float
     absolute: float
 
+    @classmethod
+    def of_rounding(cls, dtype: torch.dtype, absolute: float = 1e-5) -> Tolerance:
+        """For results computed in float32 and rounded once to `dtype`: some two units in its last
+        place, because two float32 values that are all but equal may round to neighbours."""
+        relative = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+        return cls(relative[dtype], absolute)
+
 
 @dataclass(frozen=True, slots=True)
 class Op:

@@ -40,10 +40,32 @@ struct alignas(N * sizeof(T)) Pack {
   T items[N];
 };
 
+// Elements in the widest pack of which rows of `size` elements are a whole number.
+template <typename T>
+__device__ constexpr int pack_size(int size) {
+  int elements = 16 / sizeof(T);
+  while (size % elements != 0) elements /= 2;
+  return elements;
+}
+
 // `source` and `target` must be aligned to the pack's size.
 template <typename T, int N = 16 / sizeof(T)>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
   return *reinterpret_cast<const Pack<T, N>*>(source);
+}
+// Like load_pack, for 16 bytes that no other thread reads and none writes during the launch: they
+// take no place in the L1 from what is shared.
+template <typename T>
+__device__ __forceinline__ Pack<T> load_pack_once(const T* source) {
+#ifdef NB_EMULATOR
+  return load_pack(source);
+#else
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(source));
+  return *reinterpret_cast<const Pack<T>*>(&words);
+#endif
 }
 template <typename T, int N>
 __device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nbengine.kernels.cases import FLOATS, normal, poison, sliced, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
 from nbengine.kernels.program import Program
+from nbengine.kernels.shapes import check_dense, check_rows, pack_size
 
 
 def launch(
@@ -23,14 +25,27 @@ def launch(
     """out = norm(x) * weight, or with a residual `[T, size]`: residual += x, out = norm(residual).
 
     x and out are `[T, size]` for a weight `[size]`, `[T, sets, size]` for one `[sets, size]`; their
-    rows may be slices of wider ones. The weight is float32.
+    rows may be slices of wider ones, and out may be x. The weight is float32. Raises `ValueError`
+    for shapes that do not fit, and for a residual of heads.
     """
-    size = weight.shape[-1]
-    num_sets = weight.numel() // size
-    threads = min(1024, max(32, -(-size * x.element_size() // 16 // 32) * 32))
-    kernel = program.kernel("rms_norm", x.dtype, size, threads, residual is not None)
-    kernel[x.shape[0] * num_sets, threads](
-        out, x, residual, weight, num_sets, x.stride(0), out.stride(0), eps
+    num_tokens, *inner = x.shape
+    size = inner[-1]
+    num_sets = inner[0] if len(inner) == 2 else 1
+    check_dense("weight", weight, *inner)
+    check_rows("x", x, num_tokens, *inner)
+    check_rows("out", out, num_tokens, *inner)
+    if residual is not None:
+        check_dense("residual", residual, num_tokens, size)
+    packs = size // pack_size(size, x.element_size())
+    if packs <= 32:  # rows in parts of warps, of four warps in all
+        lanes = 1 << (packs - 1).bit_length()
+        rows = 128 // lanes
+    else:
+        lanes, rows = min(512, -(-packs // 32) * 32), 1
+    kernel = program.kernel("rms_norm", x.dtype, size, lanes, rows, residual is not None)
+    num_rows = num_tokens * num_sets
+    kernel[-(-num_rows // rows), lanes * rows](
+        out, x, residual, weight, num_rows, num_sets, x.stride(0), out.stride(0), eps
     )
 
 
@@ -45,44 +60,39 @@ def reference(
 
 
 def cases() -> Iterator[Case]:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for tokens, size in ((1, 64), (3, 576), (2, 4096), (1, 8192)):
+    for dtype in FLOATS:
+        for tokens, size in ((1, 64), (3, 576), (2, 4096)):
             for with_residual in (False, True):
-                yield _case(dtype, tokens, 0, size, with_residual)
-        yield _case(dtype, 3, 5, 128, False)
+                yield _case(dtype, tokens, (size,), with_residual)
+        yield _case(dtype, 1, (16384,), True)
+        for sets, head_dim in ((5, 64), (3, 80), (9, 128), (2, 256)):
+            yield _case(dtype, 3, (sets, head_dim), False)
+    yield _case(torch.bfloat16, 2, (10,), True)  # no whole packs of 16 bytes
 
 
-def _case(dtype: torch.dtype, tokens: int, sets: int, size: int, with_residual: bool) -> Case:
+def _case(dtype: torch.dtype, tokens: int, inner: tuple[int, ...], with_residual: bool) -> Case:
     def make(generator: torch.Generator) -> Arguments:
-        device = generator.device
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-        shape = (tokens, sets, size) if sets else (tokens, size)
-        weight = torch.rand(shape[1:], generator=generator, device=device) + 0.5
-        wide = normal(tokens, *(n + 2 if sets and i == 0 else n for i, n in enumerate(shape[1:])))
+        x = normal(generator, dtype, tokens, *inner)
         return {
-            "out": torch.full(shape, torch.nan, dtype=dtype, device=device),
-            "x": wide[:, :sets] if sets else wide,
-            "weight": weight,
+            "out": poison(generator, dtype, tokens, *inner),
+            "x": sliced(x, 0, 2) if len(inner) == 2 else x,
+            "weight": torch.rand(inner, generator=generator, device=generator.device) + 0.5,
             "eps": 1e-5,
-            "residual": normal(tokens, size) if with_residual else None,
+            "residual": normal(generator, dtype, tokens, *inner) if with_residual else None,
         }
 
-    name = f"{str(dtype)[6:]}-{tokens}x{f'{sets}x' if sets else ''}{size}"
-    return Case(name + ("-residual" if with_residual else ""), make)
+    shape = "x".join(map(str, (tokens, *inner)))
+    return Case(title(dtype, shape, "residual" if with_residual else ""), make)
 
 
 def tolerance(arguments: Arguments) -> Tolerance:
-    relative = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-    return Tolerance(relative[arguments["out"].dtype], 1e-5)
+    return Tolerance.of_rounding(arguments["out"].dtype)
 
 
 def cost(arguments: Arguments) -> Cost:
-    x, residual = arguments["x"], arguments["residual"]
+    x, weight, residual = arguments["x"], arguments["weight"], arguments["residual"]
     tensors = 2 if residual is None else 4
-    return Cost(tensors * x.numel() * x.element_size(), 4 * x.numel())
+    return Cost(tensors * x.numel() * x.element_size() + weight.nbytes, 4 * x.numel())
 
 
 OP = Op(

@@ -1,0 +1,136 @@
+"""gemv: products of up to 16 rows with a weight matrix, at the speed the weight can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nbengine.kernels.cases import FLOATS, normal, poison, title
+from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
+from nbengine.kernels.program import Program
+from nbengine.kernels.shapes import PACK_BYTES, check_dense, check_rows
+
+MAX_ROWS = 16
+
+
+def launch(
+    program: Program,
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """out `[M, N]` = x `[M, K]` @ weight `[N, K]`^T + bias `[N]` + residual `[M, N]`.
+
+    Rows of x may be slices of wider ones; out may be the residual. A row's result is the same at
+    every M.
+
+    Raises:
+        ValueError: shapes do not fit, M is not 1 to 16, or K is no multiple of a 16-byte pack.
+    """
+    num_rows, size_in = x.shape
+    size_out = weight.shape[0]
+    check_rows("x", x, num_rows, size_in)
+    check_dense("weight", weight, size_out, size_in)
+    check_dense("out", out, num_rows, size_out, alignment=out.element_size())
+    if bias is not None:
+        check_dense("bias", bias, size_out, alignment=bias.element_size())
+    if residual is not None:
+        check_dense("residual", residual, num_rows, size_out, alignment=out.element_size())
+    if not 1 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"x has {num_rows} rows: gemv takes 1 to {MAX_ROWS}")
+    pack = PACK_BYTES // x.element_size()
+    if size_in % pack:
+        raise ValueError(f"K={size_in} of {x.dtype} must be a multiple of {pack}")
+    if x.dtype == torch.float32:
+        warps, outputs = 4, 4
+        kernel = program.kernel("gemv_float", x.dtype, warps, 1 << (num_rows - 1).bit_length())
+    else:
+        # Enough warps to keep some 50 KB in flight on each of a hundred or more multiprocessors:
+        # many small blocks where N gives them, more warps to a block where it does not.
+        outputs = 16
+        num_blocks = -(-size_out // outputs)
+        warps = 4 if num_blocks >= 512 else 8 if num_blocks >= 128 else 16
+        kernel = program.kernel("gemv", x.dtype, warps, -(-num_rows // 8))
+    kernel[-(-size_out // outputs), warps * 32](
+        out, x, weight, bias, residual, num_rows, size_out, size_in, x.stride(0)
+    )
+
+
+def reference(
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    total = x.double() @ weight.double().T
+    if bias is not None:
+        total += bias
+    if residual is not None:
+        total += residual
+    out.copy_(total)
+
+
+def cases() -> Iterator[Case]:
+    for dtype in FLOATS:
+        for rows, size_out, size_in in (
+            (1, 40, 576),
+            (3, 16, 1536),
+            (5, 33, 64),
+            (8, 20, 4864),
+            (16, 2, 264),
+        ):
+            yield _case(dtype, rows, size_out, size_in, rows % 2 == 1, rows > 3)
+    yield _case(torch.bfloat16, 9, 2050, 40, True, False)  # eight warps to a block
+    yield _case(torch.bfloat16, 2, 8192, 8, False, True)  # four
+
+
+def _case(
+    dtype: torch.dtype,
+    rows: int,
+    size_out: int,
+    size_in: int,
+    with_bias: bool,
+    with_residual: bool,
+) -> Case:
+    def make(generator: torch.Generator) -> Arguments:
+        return {
+            "out": poison(generator, dtype, rows, size_out),
+            "x": normal(generator, dtype, rows, size_in),
+            "weight": normal(generator, dtype, size_out, size_in) / size_in**0.5,
+            "bias": normal(generator, dtype, size_out) if with_bias else None,
+            "residual": normal(generator, dtype, rows, size_out) if with_residual else None,
+        }
+
+    words = ("bias" if with_bias else "", "residual" if with_residual else "")
+    return Case(title(dtype, f"{rows}x{size_out}x{size_in}", *words), make)
+
+
+def tolerance(arguments: Arguments) -> Tolerance:
+    return Tolerance.of_rounding(arguments["out"].dtype)
+
+
+def cost(arguments: Arguments) -> Cost:
+    out, x, weight = arguments["out"], arguments["x"], arguments["weight"]
+    added = [arguments[name] for name in ("bias", "residual") if arguments[name] is not None]
+    tensors = (out, x, weight, *added)
+    elements = sum(tensor.numel() for tensor in tensors)
+    return Cost(elements * out.element_size(), 2 * x.shape[0] * weight.numel())
+
+
+OP = Op(
+    name="gemv",
+    source="gemv.cu",
+    outputs=("out",),
+    launch=launch,
+    reference=reference,
+    cases=cases,
+    tolerance=tolerance,
+    cost=cost,
+)
