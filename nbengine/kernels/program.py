@@ -1,19 +1,30 @@
 """`Program` and `Kernel`: what the two backends have in common.
 
 A program is one source on one device; a kernel is one of its functions with its template arguments
-filled in, compiled when first asked for. `kernel[grid, block](x, y, n)` launches it, after the
-arguments were checked against its parameters.
+filled in, compiled when first asked for. `kernel[grid, block](x, y, n)` launches it. What is checked
+here is checked on both backends, so that a launch that passes on one is not refused on the other:
+the shape of the grid, and each argument against its parameter.
+
+A tensor that is given for a pointer
+- holds what the parameter points to (`source.POINTEES`),
+- lies on the program's device, or in pinned memory, which a GPU reads over the bus,
+- is dense in its last dimension, and no two of its elements share an address. Rows may be slices of
+  wider rows: a kernel that takes strides reads them in place. One that takes none must be given
+  `x.contiguous()`, which only the caller can know.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from math import inf, isfinite
 from typing import Any
 
 import torch
 
+from nbengine.errors import NbengineError, shown
 from nbengine.kernels.source import (
-    C_TYPES,
+    POINTEES,
     Parameter,
     Source,
     TemplateArgument,
@@ -22,6 +33,18 @@ from nbengine.kernels.source import (
 )
 
 Dim3 = int | tuple[int, ...]
+
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+MAX_BLOCK = (1024, 1024, 64)
+MAX_THREADS = 1024
+MAX_SHARED_BYTES = 227 * 1024
+"""Of one block, on the devices that have the most (sm_90, sm_100)."""
+_KEPT_LAUNCHES = 1024
+
+
+class LaunchError(NbengineError, TypeError):
+    """A launch was refused: its grid is not a possible one, or an argument does not fit the
+    kernel's parameter."""
 
 
 class Program(ABC):
@@ -33,7 +56,8 @@ class Program(ABC):
 
     def kernel(self, name: str, *template_arguments: TemplateArgument) -> Kernel:
         """The function `name` for these template arguments: dtypes, ints, bools, or C text."""
-        key = (name, *template_arguments)
+        # True == 1 as a key, and is another argument in C.
+        key = (name, *template_arguments, *map(type, template_arguments))
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = self._make(instantiation(name, template_arguments))
@@ -45,16 +69,34 @@ class Program(ABC):
 
 class Kernel(ABC):
     """A compiled function. Index it with `[grid, block]` or `[grid, block, shared_bytes]`, each of
-    grid and block an int or up to three, and call the result."""
+    grid and block an int or up to three, and call the result.
+
+    Raises `CompileError` when made for a function that the source does not have."""
+
+    max_threads = MAX_THREADS
+    """Of a block. A backend that knows better says so, here and for the shared memory."""
+    max_shared_bytes = MAX_SHARED_BYTES
+    """The most dynamic shared memory that a launch may ask for."""
 
     def __init__(self, source: Source, expression: str, device: torch.device) -> None:
         self.name = expression
         self.device = device
         self.parameters = parameters(source, expression)
+        self._checks = tuple(_check(parameter, device) for parameter in self.parameters)
+        self._launches: dict[tuple[Any, ...], Launch] = {}
 
     def __getitem__(self, config: tuple[Any, ...]) -> Launch:
-        grid, block, *shared = config
-        return Launch(self, _three(grid), _three(block), shared[0] if shared else 0)
+        """Raises `LaunchError` for a grid, block or shared memory that no device could run."""
+        try:
+            found = self._launches.get(config)
+        except TypeError:  # unhashable, so no tuple of ints
+            found = None
+        if found is None:
+            if len(self._launches) == _KEPT_LAUNCHES:  # grids that depend on lengths
+                self._launches.clear()
+            found = self._launch(config)
+            self._launches[config] = found
+        return found
 
     @abstractmethod
     def launch(
@@ -63,7 +105,8 @@ class Kernel(ABC):
         block: tuple[int, int, int],
         shared_bytes: int,
         arguments: tuple[Any, ...],
-    ) -> None: ...
+    ) -> None:
+        """Run it on arguments that were checked, and a grid that is not empty."""
 
     def check(self, arguments: tuple[Any, ...]) -> None:
         """Raises `LaunchError` naming the first argument that does not fit its parameter."""
@@ -73,14 +116,49 @@ class Kernel(ABC):
                 f"{self.name} takes {len(self.parameters)} arguments ({names}), not "
                 f"{len(arguments)}"
             )
-        for parameter, argument in zip(self.parameters, arguments, strict=True):
-            problem = _problem(parameter, argument, self.device)
-            if problem:
-                raise LaunchError(f"{self.name}: {parameter.name} {problem}")
+        for index, (check, argument) in enumerate(zip(self._checks, arguments, strict=True)):
+            problem = check(argument)
+            if problem is not None:
+                raise LaunchError(f"{self.name}: {self.parameters[index].name} {problem}")
 
+    def _launch(self, config: Any) -> Launch:
+        if not isinstance(config, tuple) or not 2 <= len(config) <= 3:
+            raise LaunchError(
+                f"{self.name}[{shown(config)}]: write kernel[grid, block] or "
+                "kernel[grid, block, shared_bytes], then the arguments in parentheses"
+            )
+        grid = self._three("grid", config[0], MAX_GRID, smallest=0)
+        block = self._three("block", config[1], MAX_BLOCK, smallest=1)
+        threads = block[0] * block[1] * block[2]
+        if threads > self.max_threads:
+            raise LaunchError(
+                f"{self.name}: the block {block} has {threads:,} threads, and the kernel can be "
+                f"launched with at most {self.max_threads:,}"
+            )
+        shared_bytes = config[2] if len(config) == 3 else 0
+        if type(shared_bytes) is not int or not 0 <= shared_bytes <= self.max_shared_bytes:
+            raise LaunchError(
+                f"{self.name}: {shown(shared_bytes)} bytes of dynamic shared memory; a block can "
+                f"have 0 to {self.max_shared_bytes:,} here"
+            )
+        return Launch(self, grid, block, shared_bytes)
 
-class LaunchError(TypeError):
-    """An argument does not fit the kernel's parameter."""
+    def _three(
+        self, what: str, dim: Dim3, largest: tuple[int, int, int], smallest: int
+    ) -> tuple[int, int, int]:
+        given = dim if isinstance(dim, tuple) else (dim,)
+        if not 1 <= len(given) <= 3 or not all(type(n) is int for n in given):
+            raise LaunchError(
+                f"{self.name}: the {what} is an int or a tuple of up to three, not {shown(dim)}"
+            )
+        x, y, z = (*given, 1, 1)[:3]
+        for n, axis, most in zip((x, y, z), "xyz", largest, strict=True):
+            if not smallest <= n <= most:
+                raise LaunchError(
+                    f"{self.name}: the {what} {given} is {n:,} along {axis}, where {smallest} to "
+                    f"{most:,} are possible"
+                )
+        return x, y, z
 
 
 class Launch:
@@ -100,30 +178,103 @@ class Launch:
 
     def __call__(self, *arguments: Any) -> None:
         """Tensors for pointers (None for a null pointer), numbers for the rest, in the kernel's
-        order. A grid of no blocks does nothing."""
+        order. A grid of no blocks does nothing. Raises `LaunchError`."""
         self.kernel.check(arguments)
         if 0 not in self.grid:
             self.kernel.launch(self.grid, self.block, self.shared_bytes, arguments)
 
 
-def _three(dim: Dim3) -> tuple[int, int, int]:
-    given = (dim,) if isinstance(dim, int) else tuple(dim)
-    x, y, z = (*given, 1, 1, 1)[:3]
-    return x, y, z
+Check = Callable[[Any], str | None]
+"""What is wrong with an argument, or None."""
+
+_INTEGERS = {
+    "char": (-(2**7), 2**7 - 1),
+    "signed char": (-(2**7), 2**7 - 1),
+    "unsigned char": (0, 2**8 - 1),
+    "short": (-(2**15), 2**15 - 1),
+    "unsigned short": (0, 2**16 - 1),
+    "int": (-(2**31), 2**31 - 1),
+    "unsigned int": (0, 2**32 - 1),
+    "long": (-(2**63), 2**63 - 1),
+    "unsigned long": (0, 2**64 - 1),
+    "long long": (-(2**63), 2**63 - 1),
+    "unsigned long long": (0, 2**64 - 1),
+}
 
 
-def _problem(parameter: Parameter, argument: Any, device: torch.device) -> str | None:
-    if not parameter.is_pointer:
-        if isinstance(argument, bool | int | float):
+def _check(parameter: Parameter, device: torch.device) -> Check:
+    if parameter.is_pointer:
+        return _pointer_check(parameter.c_type, device)
+    if parameter.c_type in _INTEGERS:
+        return _integer_check(parameter.c_type, *_INTEGERS[parameter.c_type])
+    if parameter.c_type == "bool":
+        return lambda argument: (
+            None if isinstance(argument, bool) else f"is a bool, not {_described(argument)}"
+        )
+    return _float_check(parameter.c_type, 3.4028235e38 if parameter.c_type == "float" else inf)
+
+
+def _float_check(c_type: str, largest: float) -> Check:
+    def check(argument: Any) -> str | None:
+        if not isinstance(argument, int | float):
+            return f"is a {c_type}, not {_described(argument)}"
+        if -largest <= argument <= largest or not isfinite(argument):
             return None
-        return f"is a {parameter.c_type}, not a {type(argument).__name__}"
-    if argument is None:
-        return None
-    if not isinstance(argument, torch.Tensor):
-        return f"is a {parameter.c_type}: give a tensor or None, not a {type(argument).__name__}"
-    wanted = parameter.c_type.removesuffix("*")
-    if wanted in C_TYPES.values() and C_TYPES.get(argument.dtype) != wanted:
-        return f"points to {wanted}, and the tensor holds {argument.dtype}"
-    if argument.device != device and not argument.is_pinned():
-        return f"must be on {device}, and the tensor is on {argument.device}"
+        return f"is a {c_type}, which holds up to {largest:.3g}, not {shown(argument)}"
+
+    return check
+
+
+def _integer_check(c_type: str, smallest: int, largest: int) -> Check:
+    def check(argument: Any) -> str | None:
+        if not isinstance(argument, int):
+            return f"is a {c_type}, not {_described(argument)}"
+        if smallest <= argument <= largest:
+            return None
+        return f"is a {c_type}, which holds {smallest:,} to {largest:,}, not {argument:,}"
+
+    return check
+
+
+def _pointer_check(c_type: str, device: torch.device) -> Check:
+    pointee = c_type.removesuffix("*")
+    dtypes = (torch.int64, torch.uint64) if pointee.endswith("*") else POINTEES.get(pointee)
+
+    def check(argument: Any) -> str | None:
+        if argument is None:
+            return None
+        if not isinstance(argument, torch.Tensor):
+            return f"is a {c_type}: give a tensor or None, not {_described(argument)}"
+        if dtypes is not None and argument.dtype not in dtypes:
+            return f"points to {pointee}, and the tensor holds {argument.dtype}"
+        if argument.device != device and not argument.is_pinned():
+            return f"must be on {device}, and the tensor is on {argument.device}"
+        if argument.is_contiguous():
+            return None
+        return _layout_problem(argument)
+
+    return check
+
+
+def _layout_problem(tensor: torch.Tensor) -> str | None:
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    if shape[-1] > 1 and stride[-1] != 1:
+        return (
+            f"has elements {stride[-1]} apart along its last dimension (shape {shape}, strides "
+            f"{stride}): give x.contiguous()"
+        )
+    needed = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size == 1:
+            continue
+        if step < needed:
+            return (
+                f"has elements that share an address (shape {shape}, strides {stride}, as after "
+                "expand()): give x.contiguous()"
+            )
+        needed = step * (size - 1) + needed
     return None
+
+
+def _described(argument: Any) -> str:
+    return f"a {type(argument).__name__} ({shown(argument)})"

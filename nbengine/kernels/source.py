@@ -1,16 +1,20 @@
 """CUDA C source text, and what can be read off it without a compiler: its kernels' parameters.
 
 Both backends take a `Source`. Names and types of the parameters are what the launch checks and the
-error messages speak of; the text itself goes to the compiler unedited.
+error messages speak of; the text itself goes to the compiler unedited. The reader below knows the
+declarations of kernels and nothing else of C++; what it can't read it refuses, with the line.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from nbengine.kernels.diagnostics import CompileError, Diagnostic
 
 _BESIDE_PACKAGE = Path(__file__).resolve().parents[2] / "cuda"
 CUDA_ROOT = (
@@ -28,34 +32,95 @@ C_TYPES = {
     torch.int16: "short",
     torch.int8: "signed char",
     torch.uint8: "unsigned char",
+    torch.uint16: "unsigned short",
+    torch.uint32: "unsigned int",
+    torch.uint64: "unsigned long long",
     torch.bool: "bool",
     torch.float64: "double",
 }
+
+POINTEES: dict[str, tuple[torch.dtype, ...]] = {
+    **{c_type: (dtype,) for dtype, c_type in C_TYPES.items()},
+    "unsigned short": (torch.uint16, torch.int16),
+    "unsigned int": (torch.uint32, torch.int32),
+    "unsigned long long": (torch.uint64, torch.int64),
+    "char": (torch.int8, torch.uint8),
+    "float2": (torch.float32,),
+    "float4": (torch.float32,),
+    "__half2": (torch.float16,),
+    "__nv_bfloat162": (torch.bfloat16,),
+    "__nv_fp8_e4m3": (torch.float8_e4m3fn,),
+    "__nv_fp8_e5m2": (torch.float8_e5m2,),
+}
+"""What a tensor may hold that is given for a pointer to this. Pointers to anything else (`void`,
+structs) take any tensor."""
+
+SCALARS = {
+    "bool": "?",
+    "char": "b",
+    "signed char": "b",
+    "unsigned char": "B",
+    "short": "h",
+    "unsigned short": "H",
+    "int": "i",
+    "unsigned int": "I",
+    "long": "l",
+    "unsigned long": "L",
+    "long long": "q",
+    "unsigned long long": "Q",
+    "float": "f",
+    "double": "d",
+}
+"""What may be passed by value, with its format in the module `struct`."""
 
 TemplateArgument = torch.dtype | bool | int | str
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A translation unit. `name` is what diagnostics call it: a path, or a title for a string."""
+    """A translation unit. `name` is what diagnostics call it: a path, or a title for a string.
+    `folder` is where its own `#include "..."` are looked for first."""
 
     text: str
     name: str
+    folder: Path | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Source:
-        return cls(Path(path).read_text(), str(path))
+        return cls(Path(path).read_text(), str(path), Path(path).resolve().parent)
 
     @classmethod
     def of_op(cls, file: str) -> Source:
         """A file of `cuda/`."""
         return cls.read(CUDA_ROOT / file)
 
+    def headers(self, *folders: Path) -> Iterator[tuple[Path, str]]:
+        """Path and text of every header that the text includes, itself or through others, as far
+        as they lie in its own folder, in `cuda/include` or in `folders`. Which branches of `#if`
+        are taken is not looked at, so there may be more than the compiler reads, never fewer,
+        unless an include is spelled by a macro."""
+        own = (self.folder,) if self.folder else ()
+        seen: set[Path] = set()
+        waiting = [(self.text, own)]
+        while waiting:
+            text, beside = waiting.pop()
+            for name in _INCLUDE.findall(text):
+                for folder in (*beside, *own, INCLUDE_ROOT, *folders):
+                    path = folder / name
+                    if path in seen:
+                        break
+                    if path.is_file():
+                        seen.add(path)
+                        included = path.read_text(errors="replace")
+                        waiting.append((included, (path.parent,)))
+                        yield path, included
+                        break
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a kernel. `c_type` is without const, with template arguments put in where
-    they stand alone (`T*` becomes `float*`)."""
+    """One parameter of a kernel. `c_type` is without const, with template arguments put in (`T*`
+    becomes `float*`) and in its usual spelling (`nb::int64` becomes `long long`)."""
 
     name: str
     c_type: str
@@ -73,70 +138,160 @@ def instantiation(name: str, arguments: tuple[TemplateArgument, ...]) -> str:
 
 
 def parameters(source: Source, expression: str) -> tuple[Parameter, ...]:
-    """The parameters of the kernel that `expression` names (`scale<float>`).
+    """The parameters of the kernel that `expression` names (`scale<float>`), which may also lie in
+    a header that the source includes.
 
     Raises:
-        ValueError: the source has no such `__global__` function, or another number of template
-            parameters; the message lists the kernels that there are.
+        CompileError: there is no such `__global__` function (the message lists those that there
+            are), it has another number of template parameters, or a parameter is passed by value
+            and is not a number.
     """
-    name, _, rest = expression.partition("<")
-    name = name.strip()
-    given = [part.strip() for part in _split(rest.rstrip().removesuffix(">"))] if rest else []
-    text = _without_comments(source.text)
-    kernels = {match["name"]: match for match in _KERNEL.finditer(text)}
-    if name not in kernels:
-        raise ValueError(
-            f"{source.name} has no __global__ function {name}; it has {', '.join(kernels) or 'none'}"
+    kernel, given = _found(source, expression)
+    required = [part for part in kernel.template if "=" not in part]
+    variadic = any("..." in part for part in kernel.template)
+    if not (len(required) <= len(given) and (variadic or len(given) <= len(kernel.template))):
+        raise kernel.error(
+            kernel.at,
+            f"{kernel.name} has {len(kernel.template)} template parameters "
+            f"({', '.join(kernel.template)}), and {expression} gives {len(given)}",
         )
-    match = kernels[name]
-    template = _split(match["template"] or "")
-    required = [part for part in template if "=" not in part]
-    if not len(required) <= len(given) <= len(template):
-        raise ValueError(
-            f"{name} has {len(template)} template parameters ({', '.join(template)}), and "
-            f"{expression} gives {len(given)}"
-        )
-    values = {
-        part.partition("=")[0].split()[-1]: value
-        for part, value in zip(template, given, strict=False)
-        if part.split()[0] in ("typename", "class")
-    }
-    start = match.end()
-    return tuple(_parameter(part, values) for part in _split(text[start : _closing(text, start)]))
+    values = {}
+    for index, part in enumerate(kernel.template):
+        name, _, default = (side.strip() for side in part.partition("="))
+        values[name.split()[-1].lstrip(".")] = given[index] if index < len(given) else default
+    start = kernel.parameters_at
+    text = kernel.text[start : _closing(kernel.text, start)]
+    return tuple(
+        _parameter(part, values, kernel) for part in _split(text) if part.strip() != "void"
+    )
 
 
-_KERNEL = re.compile(
-    r"(?:template\s*<(?P<template>[^{};]*?)>\s*)?"
-    r"(?:extern\s+\"C\"\s+)?(?:static\s+)?__global__\s+"
-    r"(?:void\s+)?(?:__launch_bounds__\s*\([^()]*(?:\([^()]*\)[^()]*)*\)\s*)?(?:void\s+)?"
-    r"(?P<name>\w+)\s*\("
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """A `__global__` function in a text without comments: where its name and parameters are."""
+
+    name: str
+    template: tuple[str, ...]
+    at: int
+    parameters_at: int
+    text: str
+    original: Source
+
+    def error(self, at: int, message: str) -> CompileError:
+        line = self.text.count("\n", 0, at) + 1
+        column = at - (self.text.rfind("\n", 0, at) + 1) + 1
+        return CompileError(
+            f"{self.original.name}: the kernel {self.name} can't be used so",
+            [Diagnostic(self.original.name, line, column, "error", message)],
+            {self.original.name: self.original.text},
+        )
+
+
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^">\n]+)[>"]', re.MULTILINE)
+_GLOBAL = re.compile(r"\b__global__\b")
+_TEMPLATE = re.compile(r"\btemplate\s*<")
+_AFTER_GLOBAL = re.compile(
+    r"\s*(?:(?:void|static|inline|__forceinline__|__noinline__)\b"
+    r"|(?P<attribute>__\w+__)\s*(?P<bracket>\()?|\[\[.*?\]\])",
+    re.DOTALL,
 )
-
-
-def _parameter(text: str, values: dict[str, str]) -> Parameter:
-    text = re.sub(r"\b(const|__restrict__|__grid_constant__)\b", " ", text.partition("=")[0])
-    match = re.fullmatch(r"\s*(?P<type>.*?[\s*&>])(?P<name>\w+)\s*", text, re.DOTALL)
-    if match is None:
-        raise ValueError(f"cannot read the kernel parameter {text.strip()!r}: give it a name")
-    c_type = " ".join(match["type"].split()).replace(" *", "*")
-    base, stars = c_type.rstrip("*"), c_type[len(c_type.rstrip("*")) :]
-    base = values.get(base, base)
-    return Parameter(match["name"], _CANONICAL.get(base, base) + stars)
-
-
+_NAME = re.compile(r"\s*(?P<name>\w+)\s*\(")
+_QUALIFIERS = re.compile(
+    r"\b(?:const|volatile|struct|enum|typename|__restrict__|__restrict|__grid_constant__)\b"
+    r"|\[\[.*?\]\]"
+)
 _CANONICAL = {
     "nb::int64": "long long",
     "nb::uint32": "unsigned int",
     "nb::uint64": "unsigned long long",
-    "int64_t": "long long",
+    "int8_t": "signed char",
+    "int16_t": "short",
     "int32_t": "int",
+    "int64_t": "long long",
+    "uint8_t": "unsigned char",
+    "uint16_t": "unsigned short",
     "uint32_t": "unsigned int",
     "uint64_t": "unsigned long long",
+    "size_t": "unsigned long long",
+    "ptrdiff_t": "long long",
     "unsigned": "unsigned int",
+    "signed": "int",
+    "short int": "short",
+    "unsigned short int": "unsigned short",
+    "long int": "long",
+    "unsigned long int": "unsigned long",
     "long long int": "long long",
+    "long long unsigned int": "unsigned long long",
+    "unsigned long long int": "unsigned long long",
     "half": "__half",
+    "half2": "__half2",
     "nv_bfloat16": "__nv_bfloat16",
+    "nv_bfloat162": "__nv_bfloat162",
 }
+_TYPE_WORDS = frozenset((*SCALARS, "long", "signed", "unsigned", "void"))
+
+
+def _found(source: Source, expression: str) -> tuple[_Kernel, list[str]]:
+    name, bracket, rest = expression.partition("<")
+    name = name.strip().rpartition("::")[2]
+    given = _split(rest.rstrip().removesuffix(">")) if bracket else []
+    kernels = {kernel.name: kernel for kernel in _kernels(source)}
+    if name not in kernels:
+        for path, text in source.headers():
+            for kernel in _kernels(Source(text, str(path))):
+                kernels.setdefault(kernel.name, kernel)
+    if name in kernels:
+        return kernels[name], given
+    there = ", ".join(kernels) or "none"
+    raise CompileError(
+        f"{source.name} has no __global__ function {name}; it has: {there}",
+        [Diagnostic(source.name, None, None, "error", f"no __global__ function {name}")],
+        {source.name: source.text},
+    )
+
+
+def _kernels(source: Source) -> Iterator[_Kernel]:
+    """Every kernel that the text declares; specialisations and instantiations are left out, as
+    they have the parameters of their template."""
+    text = _without_comments(source.text)
+    for match in _GLOBAL.finditer(text):
+        at = match.end()
+        while (after := _AFTER_GLOBAL.match(text, at)) is not None:
+            at = after.end()
+            if after["bracket"]:
+                at = _closing(text, at) + 1
+        name = _NAME.match(text, at)
+        if name is None:
+            continue
+        head = text[max(text.rfind(end, 0, match.start()) for end in ";}{") + 1 : match.start()]
+        template = _TEMPLATE.search(head)
+        parts: tuple[str, ...] = ()
+        if template is not None:
+            parts = tuple(_split(head[template.end() : _closing(head, template.end(), "<>")]))
+        yield _Kernel(name["name"], parts, name.start("name"), name.end(), text, source)
+
+
+def _parameter(text: str, values: dict[str, str], kernel: _Kernel) -> Parameter:
+    at = kernel.text.index(text, kernel.parameters_at)
+    declared = " ".join(_QUALIFIERS.sub(" ", text.partition("=")[0]).split())
+    declared = re.sub(r"(\w+)\s*\[\s*\]$", r"* \1", declared)
+    match = re.fullmatch(r"(?P<type>[^()]*?[\s*&>])\s*(?P<name>\w+)", declared)
+    if match is None or match["name"] in _TYPE_WORDS:
+        raise kernel.error(at, f"cannot read the parameter {text!r}: write a type and a name")
+    c_type = match["type"].replace("std::", "").replace("::cuda::", "")
+    for name, value in values.items():
+        c_type = re.sub(rf"\b{name}\b", value, c_type)
+    c_type = re.sub(r"\s*\*\s*", "*", c_type).strip()
+    base = c_type.rstrip("*").strip()
+    stars = "*" * c_type.count("*", len(base))
+    parameter = Parameter(match["name"], _CANONICAL.get(base, base) + stars)
+    if not stars and parameter.c_type not in SCALARS:
+        raise kernel.error(
+            at,
+            f"{parameter.name} is a {parameter.c_type} by value; by value a kernel can be given "
+            f"{', '.join(SCALARS)}. Pass its numbers one by one, or a pointer to a tensor",
+        )
+    return parameter
 
 
 def _spelled(argument: TemplateArgument) -> str:
@@ -151,7 +306,7 @@ def _split(text: str) -> list[str]:
     """At the commas outside of brackets."""
     parts, depth, start = [], 0, 0
     for at, char in enumerate(text):
-        depth += (char in "(<[") - (char in ")>]")
+        depth += (char in "(<[{") - (char in ")>]}")
         if char == "," and depth == 0:
             parts.append(text[start:at])
             start = at + 1
@@ -159,14 +314,25 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _closing(text: str, start: int) -> int:
-    depth = 1
+def _closing(text: str, start: int, brackets: str = "()") -> int:
+    """Where the bracket that was opened just before `start` is closed."""
+    opened, round_ones = 1, 0
     for at in range(start, len(text)):
-        depth += (text[at] == "(") - (text[at] == ")")
-        if depth == 0:
+        if not round_ones:  # `template <bool b = (n > 4)>`
+            opened += (text[at] == brackets[0]) - (text[at] == brackets[1])
+        if opened == 0:
             return at
+        if brackets != "()":
+            round_ones += (text[at] == "(") - (text[at] == ")")
     return len(text)
 
 
 def _without_comments(text: str) -> str:
-    return re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
+    """Comments and string literals become blanks, so that every position stays where it was."""
+
+    def blank(match: re.Match[str]) -> str:
+        if match[0] == '"C"':
+            return match[0]
+        return re.sub(r"[^\n]", " ", match[0])
+
+    return re.sub(r'//[^\n]*|/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"', blank, text, flags=re.DOTALL)

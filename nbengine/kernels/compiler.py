@@ -1,0 +1,368 @@
+"""CUDA C to machine code: NVRTC, with a cache on the disk. No GPU, driver or toolkit is needed.
+
+One kernel of one source for one architecture at a time: `compile(source, "scale<float>", "sm_90")`.
+The result is CUBIN rather than PTX, because a driver older than NVRTC refuses newer PTX; the PTX is
+kept beside it to be read. NVRTC is called through `cuda.bindings`, as that gives both, and ptxas's
+account of the registers, from one compilation on a machine without a driver.
+
+The cache holds one file for each result. Its name is a hash of all that the result is made from:
+the text, its headers, the options, NVRTC's version. NVIDIA's own headers count by their sizes and
+dates.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nbengine.errors import NbengineError
+from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_nvrtc
+from nbengine.kernels.report import KernelReport, Resources, disassembly, report
+from nbengine.kernels.source import INCLUDE_ROOT, Source
+
+OPTIONS = ("--std=c++17", "-lineinfo", "--ptxas-options=-v", "-no-source-include")
+"""Given to every compilation. The last: NVRTC would also look into the working directory."""
+CACHE_BYTES = 256 * 2**20
+"""Results that were not asked for the longest are deleted when the cache is larger."""
+_FORMAT = 1
+
+_log = logging.getLogger(__name__)
+
+
+class ToolchainMissing(NbengineError, ImportError):
+    """NVRTC, cuda-python or NVIDIA's headers are not installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cubin:
+    """A compiled kernel."""
+
+    expression: str
+    architecture: str
+    symbol: str
+    """The kernel's mangled name inside the code."""
+    code: bytes
+    ptx: str
+    resources: Resources
+    warnings: tuple[Diagnostic, ...]
+
+    def report(
+        self, block_threads: int, dynamic_shared_bytes: int = 0, blocks: int | None = None
+    ) -> KernelReport:
+        """Registers, shared memory, spills, and the occupancy in blocks of this shape; `blocks` is
+        how many of them fit a multiprocessor, where the driver could be asked."""
+        return report(
+            self.expression,
+            self.architecture,
+            self.resources,
+            block_threads,
+            dynamic_shared_bytes,
+            blocks,
+            tuple(f"{remark.place}: {remark.message}" for remark in self.warnings),
+        )
+
+    def sass(self) -> str:
+        """The machine code as text, with the source lines that it comes from. Raises
+        `ToolchainMissing` where no disassembler is found."""
+        text = disassembly(self.code)
+        if text is None:
+            raise ToolchainMissing(
+                "reading machine code needs nvdisasm: pip install nvidia-cuda-nvdisasm"
+            )
+        return text
+
+
+def compile(
+    source: Source, expression: str, architecture: str, options: Iterable[str] = ()
+) -> Cubin:
+    """Compile the kernel that `expression` names, or take it from the cache.
+
+    `architecture` is a real one, `sm_80` or `sm_90a`; `options` are further ones of NVRTC
+    (`-DkTile=64`, `--use_fast_math`). Thread-safe; NVRTC runs without the GIL.
+
+    Raises:
+        CompileError: with the compiler's remarks.
+        ToolchainMissing: NVRTC or its headers are not installed.
+    """
+    options = (*OPTIONS, *options, f"-arch={architecture}")
+    path = cache_folder() / f"{_key(source, expression, options)}.cubin"
+    found = _read(path)
+    if found is None:
+        found = _compile(source, expression, architecture, options)
+        _write(path, found)
+    return found
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """What the installed NVRTC compiles for, oldest first."""
+    nvrtc = _nvrtc()
+    status, numbers = nvrtc.nvrtcGetSupportedArchs()
+    _expect(nvrtc, status)
+    return tuple(f"sm_{number}" for number in numbers)
+
+
+def architecture_for(capability: tuple[int, int]) -> str:
+    """The architecture to compile for on a device of this compute capability. Code for an earlier
+    minor version of the same major one runs too, where NVRTC is older than the device."""
+    major, minor = capability
+    known = [int(name[3:]) for name in supported_architectures()]
+    fitting = [number for number in known if major * 10 <= number <= major * 10 + minor]
+    if not fitting:
+        raise ToolchainMissing(
+            f"NVRTC {'.'.join(map(str, nvrtc_version()))} can't compile for this GPU (compute "
+            f"capability {major}.{minor}); it knows sm_{known[0]} to sm_{known[-1]}. A newer one "
+            "comes with: pip install --upgrade nvidia-cuda-nvrtc"
+        )
+    return f"sm_{fitting[-1]}"
+
+
+@functools.cache
+def nvrtc_version() -> tuple[int, int]:
+    nvrtc = _nvrtc()
+    status, major, minor = nvrtc.nvrtcVersion()
+    _expect(nvrtc, status)
+    return major, minor
+
+
+@functools.cache
+def nvidia_headers() -> tuple[Path, ...]:
+    """The folders of cuda_fp16.h and its like, and of the C++ library. Raises `ToolchainMissing`."""
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+    except ImportError as error:
+        raise ToolchainMissing(_INSTALL) from error
+    folders = [find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
+    if folders[0] is None:
+        raise ToolchainMissing(_INSTALL)
+    return tuple(Path(folder) for folder in folders if folder)
+
+
+def cache_folder() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "nbengine" / "cubin"
+
+
+def clear_cache() -> None:
+    for path in cache_folder().glob("*.cubin"):
+        path.unlink(missing_ok=True)
+
+
+_INSTALL = (
+    "compiling CUDA C needs NVIDIA's compiler and headers, which are Python packages: "
+    "pip install 'nbengine[cuda]'"
+)
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()  # loads the library
+    except (ImportError, RuntimeError) as error:  # pathfinder's errors are RuntimeErrors
+        raise ToolchainMissing(f"{_INSTALL} ({error})") from error
+    return nvrtc
+
+
+def _expect(nvrtc: Any, status: Any) -> None:
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"NVRTC failed: {status.name}")
+
+
+def _compile(source: Source, expression: str, architecture: str, options: tuple[str, ...]) -> Cubin:
+    status, log, outputs = _run_nvrtc(source, expression, options)
+    remarks = _located(parse_nvrtc(log), source, expression)
+    if outputs is None:
+        if any(remark.file == "ptxas" and remark.line for remark in remarks):
+            remarks = _at_source_lines(remarks, source, expression, options)
+        count = sum(remark.severity == "error" for remark in remarks)
+        raise CompileError(
+            f"{expression} of {source.name} does not compile for {architecture}: "
+            f"{f'{count} errors' if count > 1 else '1 error' if count else status}",
+            remarks,
+            {source.name: source.text},
+            log,
+        )
+    symbol, code, ptx = outputs
+    for remark in remarks:
+        _log.info("%s: %s: %s", remark.place, remark.severity, remark.message)
+    return Cubin(
+        expression,
+        architecture,
+        symbol,
+        code,
+        ptx,
+        Resources.of_ptxas(log, ptx, symbol),
+        tuple(remarks),
+    )
+
+
+def _run_nvrtc(
+    source: Source, expression: str, options: tuple[str, ...]
+) -> tuple[str, str, tuple[str, bytes, str] | None]:
+    """The status, the log, and (symbol, CUBIN, PTX) unless it failed."""
+    nvrtc = _nvrtc()
+    folders = [*([source.folder] if source.folder else []), INCLUDE_ROOT, *nvidia_headers()]
+    arguments = [option.encode() for option in (*options, *(f"-I{path}" for path in folders))]
+    status, program = nvrtc.nvrtcCreateProgram(
+        source.text.encode(), source.name.encode(), 0, None, None
+    )
+    _expect(nvrtc, status)
+    try:
+        (status,) = nvrtc.nvrtcAddNameExpression(program, expression.encode())
+        _expect(nvrtc, status)
+        (compiled,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+        log = _text(nvrtc, "ProgramLog", program)
+        if compiled != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            return compiled.name, log, None
+        status, symbol = nvrtc.nvrtcGetLoweredName(program, expression.encode())
+        _expect(nvrtc, status)
+        ptx = _text(nvrtc, "PTX", program)
+        return compiled.name, log, (symbol.decode(), _bytes(nvrtc, "CUBIN", program), ptx)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _bytes(nvrtc: Any, what: str, program: Any) -> bytes:
+    status, size = getattr(nvrtc, f"nvrtcGet{what}Size")(program)
+    _expect(nvrtc, status)
+    content = b" " * size
+    (status,) = getattr(nvrtc, f"nvrtcGet{what}")(program, content)  # it writes into the bytes
+    _expect(nvrtc, status)
+    return content
+
+
+def _text(nvrtc: Any, what: str, program: Any) -> str:
+    # NVRTC ends each of a log's parts with a null
+    return _bytes(nvrtc, what, program).decode(errors="replace").replace("\0", "").rstrip()
+
+
+# --- What NVRTC says of lines that the user did not write ------------------------------------------
+
+
+def _located(
+    remarks: Iterable[Diagnostic], source: Source, expression: str
+) -> tuple[Diagnostic, ...]:
+    """NVRTC appends the name expression to the source, and speaks of a line of its own there. The
+    line that matters is the kernel's."""
+    kept = []
+    name = expression.partition("<")[0].strip().rpartition("::")[2]
+    declared = re.search(rf"\b{re.escape(name)}\s*\(", source.text)
+    line = source.text.count("\n", 0, declared.start()) + 1 if declared else None
+    for remark in remarks:
+        if remark.file != "__nv_name_map":
+            kept.append(remark)
+        elif not remark.message.startswith("Error in parsing name expression"):
+            message = f"{expression}: {remark.message}"
+            kept.append(Diagnostic(source.name, line, None, remark.severity, message))
+    return tuple(kept)
+
+
+def _at_source_lines(
+    remarks: tuple[Diagnostic, ...], source: Source, expression: str, options: tuple[str, ...]
+) -> tuple[Diagnostic, ...]:
+    """ptxas refused inline assembly, and names a line of the PTX. That is compiled again without
+    ptxas, for the `.loc` before the line says which line of the source it comes from."""
+    virtual = [re.sub(r"^-arch=sm_", "-arch=compute_", option) for option in options]
+    virtual = [option for option in virtual if not option.startswith("--ptxas-options")]
+    _, _, outputs = _run_nvrtc(source, expression, tuple(virtual))
+    if outputs is None:
+        return remarks
+    lines = outputs[2].splitlines()
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', outputs[2], re.MULTILINE))
+    kept = []
+    for remark in remarks:
+        if remark.file == "ptxas" and remark.line:
+            before = "\n".join(lines[: remark.line])
+            places = re.findall(r"^\s*\.loc\s+(\d+)\s+(\d+)", before, re.MULTILINE)
+            if places and places[-1][0] in files:
+                file, line = files[places[-1][0]], int(places[-1][1])
+                if file == str(Path.cwd() / source.name):  # what a title becomes
+                    file = source.name
+                words = lines[remark.line - 1].strip() if remark.line <= len(lines) else ""
+                remark = Diagnostic(
+                    file, line, None, remark.severity, f"ptxas: {remark.message}", (words,)
+                )
+        kept.append(remark)
+    return tuple(kept)
+
+
+# --- The cache -------------------------------------------------------------------------------------
+
+
+def _key(source: Source, expression: str, options: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(repr((_FORMAT, nvrtc_version(), expression, options)).encode())
+    digest.update(f"\0{source.name}\0{source.folder}\0{source.text}".encode())
+    for path, text in source.headers():
+        digest.update(f"\0{path}\0{text}".encode())
+    for folder in nvidia_headers():
+        digest.update(_identity(folder))
+    return digest.hexdigest()[:32]
+
+
+@functools.cache
+def _identity(folder: Path) -> bytes:
+    """Changes when another version is installed into the folder."""
+    entries = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(folder))
+    return hashlib.sha256(repr((str(folder), entries)).encode()).digest()
+
+
+def _read(path: Path) -> Cubin | None:
+    """None for what is not there, or is damaged."""
+    try:
+        content = path.read_bytes()
+        checksum, header, payload = content.split(b"\n", 2)
+        if hashlib.sha256(header + payload).hexdigest().encode() != checksum:
+            return None
+        fields = json.loads(header)
+        size = fields.pop("code_bytes")
+        resources = Resources(**fields.pop("resources"))
+        warnings = tuple(
+            Diagnostic(**{**remark, "notes": tuple(remark["notes"])})
+            for remark in fields.pop("warnings")
+        )
+        os.utime(path)  # so that it is not the oldest
+        return Cubin(
+            **fields,
+            code=payload[:size],
+            ptx=payload[size:].decode(),
+            resources=resources,
+            warnings=warnings,
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write(path: Path, cubin: Cubin) -> None:
+    fields = asdict(cubin)
+    code, ptx = fields.pop("code"), fields.pop("ptx").encode()
+    header = json.dumps({**fields, "code_bytes": len(code)}).encode()
+    checksum = hashlib.sha256(header + code + ptx).hexdigest().encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(b"\n".join((checksum, header, code + ptx)))
+        Path(file.name).replace(path)  # whole or not at all, whoever else writes it
+        _keep_bounded(path.parent)
+    except OSError as error:
+        _log.warning("compiled kernels can't be kept in %s: %s", path.parent, error)
+
+
+def _keep_bounded(folder: Path) -> None:
+    entries = sorted(
+        ((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder)),
+        reverse=True,
+    )
+    total = 0
+    for _, size, path in entries:
+        total += size
+        if total > CACHE_BYTES:
+            Path(path).unlink(missing_ok=True)
