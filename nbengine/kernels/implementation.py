@@ -26,9 +26,6 @@ from nbengine.kernels.source import CUDA_ROOT, Source
 Backend = Literal["cuda", "emulated", "reference"]
 """What runs an op's own source: a GPU, this machine's CPU, or torch in its place."""
 
-Implementable = str | Path | Source | Program | Callable[..., None] | None
-"""What `implement` takes; see there."""
-
 
 class UnknownOp(NbengineError, AttributeError):
     """No op has this name."""
@@ -60,6 +57,10 @@ class Implementation:
         return f"{self.origin} ({self.language})"
 
 
+Implementable = Implementation | str | Path | Source | Program | Callable[..., None] | None
+"""What `implement` takes; see there."""
+
+
 def implement(
     op: Op,
     what: Implementable,
@@ -72,7 +73,7 @@ def implement(
 
     Args:
         what: None (the op's own), CUDA C (a `Source`, the path of a `.cu`, or its text), a
-            compiled `Program`, "reference", a name in `op.alternatives`, or a function that takes
+            compiled `Program`, an `Implementation`, "reference", a name in `op.alternatives`, or a function that takes
             the op's arguments by name.
         backend: that of None and of CUDA C; default: "cuda" on a GPU, else "emulated".
         checks: emulate with the checks for races, wild accesses and missing barriers.
@@ -82,13 +83,15 @@ def implement(
         FileNotFoundError: no such `.cu`.
         ImportError: an alternative whose package is not installed.
     """
+    if isinstance(what, Implementation):
+        return what
     backend = backend or ("cuda" if device.type == "cuda" else "emulated")
     if what is None:
         if backend == "reference":
             return Implementation(op, "torch", "reference", op.reference, is_own=True)
-        program = _program(Source.of_op(op.source), device, backend, checks)
+        own = program(Source.of_op(op.source), device, backend, checks=checks)
         return Implementation(
-            op, _language(backend), f"cuda/{op.source}", _launching(op, program), is_own=True
+            op, _language(backend), f"cuda/{op.source}", _launching(op, own), is_own=True
         )
     if isinstance(what, str) and "\n" not in what and not what.endswith(".cu"):
         return _named(op, what)
@@ -98,7 +101,8 @@ def implement(
         is_text = isinstance(what, str) and "\n" in what
         what = Source(str(what), f"{op.name}.cu (a string)") if is_text else Source.read(what)
     if isinstance(what, Source):
-        what = _program(what, device, "emulated" if backend == "reference" else backend, checks)
+        on = "emulated" if backend == "reference" else backend
+        what = program(what, device, on, checks=checks)
     language = _language("cuda" if what.device.type == "cuda" else "emulated")
     return Implementation(op, language, _shown(what.source.name), _launching(op, what))
 
@@ -117,18 +121,21 @@ def _named(op: Op, name: str) -> Implementation:
     return Implementation(op, "Python", f"{name}: {module}", call)
 
 
-def _program(source: Source, device: torch.device, backend: Backend, checks: bool) -> Program:
-    program: Program
+def program(
+    source: Source, device: torch.device, backend: Backend = "cuda", *, checks: bool = False
+) -> Program:
+    """CUDA C on a backend that runs it."""
+    made: Program
     if backend == "cuda":
-        program = importlib.import_module("nbengine.kernels.launcher").CudaProgram(source, device)
+        made = importlib.import_module("nbengine.kernels.launcher").CudaProgram(source, device)
     else:
         emulator = importlib.import_module("nbengine.kernels.emulator")
-        program = emulator.EmulatedProgram(source, checks=checks)
-    return program
+        made = emulator.EmulatedProgram(source, checks=checks)
+    return made
 
 
-def _launching(op: Op, program: Program) -> Callable[..., None]:
-    return functools.partial(op.launch, program)
+def _launching(op: Op, compiled: Program) -> Callable[..., None]:
+    return functools.partial(op.launch, compiled)
 
 
 def _language(backend: Backend) -> str:
