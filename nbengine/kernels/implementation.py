@@ -125,13 +125,13 @@ def program(
     source: Source, device: torch.device, backend: Backend = "cuda", *, checks: bool = False
 ) -> Program:
     """CUDA C on a backend that runs it."""
-    made: Program
     if backend == "cuda":
-        made = importlib.import_module("nbengine.kernels.launcher").CudaProgram(source, device)
-    else:
-        emulator = importlib.import_module("nbengine.kernels.emulator")
-        made = emulator.EmulatedProgram(source, checks=checks)
-    return made
+        from nbengine.kernels.launcher import CudaProgram
+
+        return CudaProgram(source, device)
+    emulator = importlib.import_module("nbengine.kernels.emulator")
+    emulated: Program = emulator.EmulatedProgram(source, checks=checks)
+    return emulated
 
 
 def _launching(op: Op, compiled: Program) -> Callable[..., None]:

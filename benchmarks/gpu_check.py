@@ -1,0 +1,437 @@
+"""Is every kernel right on this machine's GPU, and how near is each to the device's roofline?
+
+Runs the tests that need a GPU and verifies every op on its grid, all of it in parallel and each op
+in a process of its own (an illegal access ends one op's process, and the rest goes on). Then, with
+the device to itself, it measures the roofline and times every op at the shapes of a model of 7
+billion parameters: CUDA events around replays of a captured graph, rotating arguments larger than
+the L2. Prints one table, and keeps everything as JSON. Exit status 1 says that something is wrong,
+2 that only figures are missed.
+
+    python benchmarks/gpu_check.py [--only OP ...] [--skip-tests] [--sanitizer] [--output FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the checkout is measured, installed or not
+
+Record = dict[str, Any]
+TIMEOUT_S = 300
+SANITIZED_CASES = 2
+"""Of each op's grid: a launch is a hundred times slower there."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure has to reach. `case` is a pattern for the whole name."""
+
+    op: str
+    case: str
+    key: str
+    least: float
+    unit: str
+
+
+BARS = (
+    Bar("paged_attention_decode", ".*-128seqs-2048", "of_read_bandwidth", 0.85, "of read"),
+    Bar("paged_attention_decode", ".*-32seqs-2048", "of_read_bandwidth", 0.70, "of read"),
+    Bar("paged_attention_decode", ".*-64seqs-8192", "of_read_bandwidth", 0.78, "of read"),
+    Bar("paged_attention_decode", ".*-1seqs-32768", "of_read_bandwidth", 0.55, "of read"),
+    Bar("paged_attention_prefill", "8k-.*", "tflops", 300, "TFLOP/s"),
+)
+
+
+# ------------------------------------------------------------------ in a process of its own
+
+
+def work(task: str, names: list[str]) -> None:
+    """Print lines of JSON for each op, and one that says that it is done."""
+
+    def tell(record: Record) -> None:
+        print("\n@" + json.dumps(record), flush=True)
+
+    for name in names:
+        message = ""
+        try:
+            for record in TASKS[task](name):
+                tell(record)
+        except Exception as error:  # whatever a kernel may raise is a finding
+            message = f"{type(error).__name__}: {error}"
+            tell({"op": name, "error": message})
+        tell({"op": name, "done": True})
+        if "cuda" in message.lower():
+            sys.exit(1)  # nothing more can be trusted in this process
+
+
+def implementations(name: str) -> list[str | None]:
+    """The op's own, and the alternatives whose packages are installed."""
+    import torch
+
+    from nbengine.kernels.implementation import implement
+    from nbengine.kernels.ops import OPS
+
+    found: list[str | None] = [None]
+    for alternative in OPS[name].alternatives:
+        try:
+            implement(OPS[name], alternative, torch.device("cuda"))
+        except ImportError:
+            continue
+        found.append(alternative)
+    return found
+
+
+def verify_op(name: str) -> Iterator[Record]:
+    from nbengine.kernels.lab import verify
+
+    for which in implementations(name):
+        start = time.perf_counter()
+        verified = verify(name, which)
+        yield {
+            "op": name,
+            "implementation": verified.implementation,
+            "num_cases": len(verified.errors),
+            "worst_of_allowed": round(verified.worst, 3),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+
+def sanitized_op(name: str) -> Iterator[Record]:
+    from nbengine.kernels.lab import verify
+    from nbengine.kernels.ops import OPS
+
+    cases = list(OPS[name].cases())
+    few = cases[:: max(1, len(cases) // SANITIZED_CASES)][:SANITIZED_CASES]
+    yield {"op": name, "cases": list(verify(name, None, few).errors)}
+
+
+def bench_op(name: str) -> Iterator[Record]:
+    import torch
+
+    from nbengine.kernels.bench import measure
+    from nbengine.kernels.implementation import implement, op_named
+    from nbengine.kernels.lab import roofline
+
+    device = torch.device("cuda", 0)
+    ceiling, op = roofline(device), op_named(name)
+    own = implement(op, None, device)
+    for case, which in itertools.product(op.bench_cases(), implementations(name)):
+        new = implement(op, which, device)
+        row = measure(new, None if which is None else own, case, ceiling, device)
+        record: Record = {
+            "op": name,
+            "implementation": str(new),
+            "case": case.name,
+            "us": round(row.timing.median_s * 1e6, 2),
+            "spread": round((row.timing.high_s - row.timing.low_s) / row.timing.median_s, 3),
+            "samples": row.timing.num_samples,
+            "argument_sets": row.num_sets,
+            "gb_per_s": round(row.bytes_per_s / 1e9, 1),
+            "tflops": round(row.flops_per_s / 1e12, 2),
+            "of_roofline": round(row.of_roofline, 3),
+            "of_read_bandwidth": round(row.bytes_per_s / ceiling.read_bytes_per_s, 3),
+            "bound": row.bound,
+        }
+        if row.speedup is not None:
+            record["times_as_fast_as_own"] = round(row.speedup, 2)
+        yield record
+
+
+def measure_roofline(name: str) -> Iterator[Record]:
+    from nbengine.kernels.lab import roofline
+
+    yield {"op": name, **dataclasses.asdict(roofline(refresh=True))}
+
+
+TASKS = {
+    "verify": verify_op,
+    "sanitize": sanitized_op,
+    "bench": bench_op,
+    "roofline": measure_roofline,
+}
+
+
+# ------------------------------------------------------------------ what starts them
+
+
+def run_worker(task: str, names: list[str], prefix: tuple[str, ...] = ()) -> list[Record]:
+    """The records of these ops. A process that ends early costs the op it was at; another one goes
+    on with the next."""
+    records: list[Record] = []
+    left = list(names)
+    while left:
+        command = [*prefix, sys.executable, __file__, "--worker", task, *left]
+        try:
+            run = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+            )
+            output, log, how = run.stdout, run.stdout + run.stderr, f"status {run.returncode}"
+            failed = run.returncode != 0
+        except subprocess.TimeoutExpired as expired:
+            output, log, how = _text(expired.stdout), "", f"{TIMEOUT_S} s without an end"
+            failed = True
+        told = [json.loads(line[1:]) for line in output.splitlines() if line.startswith("@")]
+        records += [record for record in told if "done" not in record]
+        done = {record["op"] for record in told if "done" in record}
+        undone = [name for name in left if name not in done]
+        tail = "\n".join(line for line in log.splitlines()[-40:] if not line.startswith("@"))
+        if undone:
+            records.append({"op": undone[0], "error": f"{how}:\n{tail}"})
+        elif failed and not any("error" in record for record in told):
+            records.append({"op": left[-1], "error": f"{how}:\n{tail}"})  # a sanitizer's verdict
+        left = undone[1:]
+    return records
+
+
+def _text(output: str | bytes | None) -> str:
+    return output.decode() if isinstance(output, bytes) else output or ""
+
+
+def run_tests() -> Record:
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n0", "-rf", "--tb=short", "tests"]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+        status, log = run.returncode, run.stdout + run.stderr
+    except subprocess.TimeoutExpired as expired:
+        status, log = -1, _text(expired.stdout) + f"\nnot finished within {TIMEOUT_S} s"
+    lines = log.strip().splitlines()
+    return {
+        "command": "python " + " ".join(command[1:]),
+        "passed": status == 0,
+        "summary": lines[-1] if lines else "",
+        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+        "log": "" if status == 0 else "\n".join(lines[-150:]),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def run_sanitizer(tool: str, names: list[str]) -> Record:
+    """`tool` of compute-sanitizer over two cases of each op's grid, allocations not pooled (in a
+    pool an access beyond a tensor's end would hit its neighbour)."""
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    prefix = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86")
+    start = time.perf_counter()
+    records = run_worker("sanitize", names, prefix)
+    del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+    errors = [record for record in records if "error" in record]
+    return {
+        "tool": tool,
+        "passed": not errors,
+        "cases": {r["op"]: r["cases"] for r in records if "cases" in r},
+        "errors": errors,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def machine() -> Record:
+    import torch
+
+    from nbengine.kernels.roofline import driver_version
+
+    def nvrtc() -> str:
+        try:
+            from cuda.bindings import nvrtc as library
+
+            return ".".join(map(str, library.nvrtcVersion()[1:]))
+        except (ImportError, RuntimeError) as error:
+            return f"not found ({error})"
+
+    properties: Any = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mib": properties.L2_cache_size >> 20,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": driver_version(),
+        "torch": torch.__version__,
+        "nvrtc": nvrtc(),
+        "python": sys.version.split()[0],
+    }
+
+
+# ------------------------------------------------------------------ what it says
+
+
+def judged(records: list[Record], bars: tuple[Bar, ...] = BARS) -> list[Record]:
+    """Each bar with the figure that it is for, or without one."""
+    verdicts = []
+    for bar in bars:
+        rows = [
+            record
+            for record in records
+            if record["op"] == bar.op
+            and re.fullmatch(bar.case, record.get("case", ""))
+            and record["implementation"].startswith("cuda/")
+        ]
+        value = rows[0][bar.key] if rows else None
+        verdicts.append(
+            {
+                "op": bar.op,
+                "case": rows[0]["case"] if rows else bar.case,
+                "bar": f"{bar.least:g} {bar.unit}",
+                "figure": value,
+                "met": value is not None and value >= bar.least,
+            }
+        )
+    return verdicts
+
+
+def report(result: Record) -> str:
+    from nbengine.kernels.display import table_text
+
+    ceiling = result.get("roofline", {})
+    parts = ["{device}, driver {driver}, torch {torch}, NVRTC {nvrtc}".format(**result["machine"])]
+    if "read_bytes_per_s" in ceiling:
+        parts.append(
+            f"roofline: reading {ceiling['read_bytes_per_s'] / 1e9:,.0f} GB/s "
+            f"({ceiling['read_by']}), copying {ceiling['copy_bytes_per_s'] / 1e9:,.0f} GB/s, "
+            f"bfloat16 products {ceiling['matrix_flops_per_s'] / 1e12:,.0f} TFLOP/s"
+        )
+    rows = [
+        (
+            record["op"],
+            record["case"],
+            record["implementation"].partition(" ")[0],
+            f"{record['us']:,.1f}",
+            f"{record['spread']:.1%}",
+            f"{record['gb_per_s']:,.0f}",
+            f"{record['tflops']:,.1f}",
+            f"{record['of_roofline']:.1%}",
+            record["bound"],
+            f"{record.get('times_as_fast_as_own', '')}",
+        )
+        for record in result.get("bench", ())
+        if "error" not in record
+    ]
+    headers = ("op", "case", "by", "µs", "spread", "GB/s", "TFLOP/s", "of roofline", "bound")
+    parts.append(table_text((*headers, "x own"), rows))
+    right = [record for record in result["verify"] if "error" not in record]
+    parts.append(
+        table_text(
+            ("verified", "by", "cases", "worst, of allowed", "s"),
+            [
+                (
+                    record["op"],
+                    record["implementation"],
+                    str(record["num_cases"]),
+                    f"{record['worst_of_allowed']:.0%}",
+                    str(record["seconds"]),
+                )
+                for record in right
+            ],
+        )
+    )
+    for part in ("verify", "bench"):
+        parts += [
+            f"WRONG: {part} {record['op']}: {record['error'][-1500:]}"
+            for record in result.get(part, ())
+            if "error" in record
+        ]
+    for run in result.get("sanitizer", ()):
+        parts.append(
+            f"{run['tool']}: {'passed' if run['passed'] else 'ERRORS'}, "
+            f"{sum(map(len, run['cases'].values()))} cases of {len(run['cases'])} ops, "
+            f"{run['seconds']} s"
+        )
+        parts += [f"WRONG: {run['tool']} {e['op']}: {e['error'][-1500:]}" for e in run["errors"]]
+    if "tests" in result:
+        tests = result["tests"]
+        parts += [f"tests: {tests['summary']}", *tests["failures"]]
+    if result.get("bars"):
+        parts.append(
+            table_text(
+                ("bar", "case", "figure", "needed", ""),
+                [
+                    (
+                        bar["op"],
+                        bar["case"],
+                        "missing" if bar["figure"] is None else f"{bar['figure']:g}",
+                        bar["bar"],
+                        "met" if bar["met"] else "NOT MET",
+                    )
+                    for bar in result["bars"]
+                ],
+            )
+        )
+    return "\n\n".join(parts)
+
+
+def is_right(result: Record) -> bool:
+    records = [*result["verify"], *result.get("bench", ())]
+    runs = [*result.get("sanitizer", ()), *([result["tests"]] if "tests" in result else [])]
+    return not any("error" in record for record in records) and all(r["passed"] for r in runs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="OP", help="these ops, and no tests")
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--skip-bench", action="store_true")
+    parser.add_argument("--sanitizer", action="store_true", help="memcheck and racecheck as well")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work(given.worker[0], given.worker[1:])
+        return 0
+
+    import torch
+
+    from nbengine.kernels.ops import OPS
+
+    if not torch.cuda.is_available():
+        print("gpu_check measures a GPU, and torch sees none here", file=sys.stderr)
+        return 1
+    names = given.only or list(OPS)
+    unknown = [name for name in names if name not in OPS]
+    if unknown:
+        parser.error(f"no op {', '.join(unknown)}: there are {', '.join(OPS)}")
+    result: Record = {
+        "question": (__doc__ or "").splitlines()[0],
+        "command": "python benchmarks/gpu_check.py " + " ".join(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
+    with ThreadPoolExecutor(given.jobs + 1) as pool:
+        tests = None if given.skip_tests or given.only else pool.submit(run_tests)
+        verified = [pool.submit(run_worker, "verify", [name]) for name in names]
+        result["verify"] = [record for future in verified for record in future.result()]
+        if tests is not None:
+            result["tests"] = tests.result()
+    if not given.skip_bench:
+        result["roofline"] = run_worker("roofline", ["roofline"])[-1]
+        result["bench"] = run_worker("bench", names)
+        timed = [record for record in result["bench"] if "error" not in record]
+        result["bars"] = judged(timed, tuple(bar for bar in BARS if bar.op in names))
+    if given.sanitizer:
+        result["sanitizer"] = [run_sanitizer(tool, names) for tool in ("memcheck", "racecheck")]
+    print(report(result))
+    given.output.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "_", result["machine"]["device"].lower()).strip("_")
+    path = given.output / f"gpu_check_{device}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nkept in {path}")
+    if not is_right(result):
+        return 1
+    return 0 if all(bar["met"] for bar in result.get("bars", ())) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
