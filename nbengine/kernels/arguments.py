@@ -1,13 +1,14 @@
 """Copies of a call's arguments, for whoever makes the call twice: `verify`, `bench`, `record`.
 
-A copy keeps strides and what lies between the rows of a slice, and two arguments that are one
-tensor stay one.
+A copy keeps strides and what lies between the rows of a slice, a copy of pinned memory is pinned,
+and two arguments that are one tensor stay one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nbengine.kernels.op import Arguments
@@ -44,4 +45,6 @@ def nbytes(arguments: Arguments) -> int:
 def _clone(tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:
         return tensor.clone()
-    return span(tensor).clone().as_strided(tensor.shape, tensor.stride())
+    whole = span(tensor)
+    copy = torch.empty_like(whole, pin_memory=whole.is_pinned()).copy_(whole)
+    return copy.as_strided(tensor.shape, tensor.stride())

@@ -140,3 +140,29 @@ def test_the_list_of_implementations_says_what_runs(kernels):
     assert not rows["rms_norm"].is_own
     assert "swapped" in str(kernels.implementations)
     assert "<td" in kernels.implementations._repr_html_()
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.compact is not None])
+def test_a_compacted_call_writes_what_the_whole_one_does(name):
+    """Block by block: what the caller wrote is among the blocks of the compacted call."""
+    op = OPS[name]
+    for case in op.cases():
+        whole = case.make(torch.Generator().manual_seed(0))
+        small = op.compact(whole)
+        op.reference(**whole)
+        op.reference(**small)
+        for output in op.outputs:
+            found, wanted = small[output], whole[output]
+            assert found.numel() <= wanted.numel()
+            if found.shape == wanted.shape:
+                continue
+            # A cache: every block of the small one stands in the large one.
+            axis = next(i for i in range(found.dim()) if found.shape[i] != wanted.shape[i])
+            rows = {row.numpy(force=True).tobytes() for row in wanted.double().unbind(axis)}
+            assert all(row.numpy().tobytes() in rows for row in found.double().unbind(axis))
+        results = [o for o in op.outputs if small[o].shape == whole[o].shape]
+        assert all(torch.equal(small[o].nan_to_num(7), whole[o].nan_to_num(7)) for o in results)
+
+
+def test_every_op_has_shapes_to_be_measured_at():
+    assert [name for name, op in OPS.items() if not list(op.bench_cases())] == []

@@ -83,6 +83,14 @@ def _case(
     return Case(title(dtype, words), make)
 
 
+def bench_cases() -> Iterator[Case]:
+    """Blocks of 16 tokens in 28 layers."""
+    for num_pairs in (1, 64):
+        pairs = [(i, num_pairs + i) for i in range(num_pairs)]
+        shape = (28, 2, 2 * num_pairs, 4, 16, 128)
+        yield _case(torch.bfloat16, shape, pairs, f"{num_pairs}x28x2x4x16x128")
+
+
 def tolerance(arguments: Arguments) -> Tolerance:
     return Tolerance(0.0, 0.0)
 
@@ -91,6 +99,12 @@ def cost(arguments: Arguments) -> Cost:
     cache, pairs = arguments["cache"], arguments["pairs"]
     bytes_per_block = cache.numel() // cache.shape[2] * cache.element_size()
     return Cost(2 * pairs.shape[0] * bytes_per_block, 0)
+
+
+def compact(arguments: Arguments) -> Arguments:
+    """The blocks that are read or written."""
+    blocks, renamed = arguments["pairs"].unique(return_inverse=True)
+    return {**arguments, "cache": arguments["cache"][:, :, blocks], "pairs": renamed}
 
 
 OP = Op(
@@ -102,4 +116,6 @@ OP = Op(
     cases=cases,
     tolerance=tolerance,
     cost=cost,
+    bench_cases=bench_cases,
+    compact=compact,
 )

@@ -61,6 +61,11 @@ def _case(dtype: torch.dtype, tokens: int, size: int, activation: str) -> Case:
     return Case(title(dtype, f"{tokens}x{size}", activation), make)
 
 
+def bench_cases() -> Iterator[Case]:
+    for tokens in (1, 128, 8192):
+        yield _case(torch.bfloat16, tokens, 18944, "silu")
+
+
 def tolerance(arguments: Arguments) -> Tolerance:
     return Tolerance.of_rounding(arguments["out"].dtype)
 
@@ -79,4 +84,5 @@ OP = Op(
     cases=cases,
     tolerance=tolerance,
     cost=cost,
+    bench_cases=bench_cases,
 )

@@ -112,6 +112,16 @@ def _case(
     return Case(title(dtype, f"{rows}x{size_out}x{size_in}", *words), make)
 
 
+def bench_cases() -> Iterator[Case]:
+    """The products of a layer (q, k and v; attention's output; gate and up; down), then logits."""
+    hidden, mlp, vocabulary = 3584, 18944, 152064
+    for rows in (1, 8, 16):
+        for size_out, size_in in ((4608, hidden), (hidden, hidden), (2 * mlp, hidden)):
+            yield _case(torch.bfloat16, rows, size_out, size_in, False, False)
+        yield _case(torch.bfloat16, rows, hidden, mlp, False, False)
+        yield _case(torch.bfloat16, rows, vocabulary, hidden, False, False)
+
+
 def tolerance(arguments: Arguments) -> Tolerance:
     return Tolerance.of_rounding(arguments["out"].dtype)
 
@@ -133,4 +143,5 @@ OP = Op(
     cases=cases,
     tolerance=tolerance,
     cost=cost,
+    bench_cases=bench_cases,
 )

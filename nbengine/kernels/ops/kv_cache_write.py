@@ -128,11 +128,12 @@ def _case(
     head_dim: int,
     block_size: int,
     with_norm: bool,
+    num_blocks: int = 3,
 ) -> Case:
     """Distinct random slots, and one row of padding."""
 
     def make(generator: torch.Generator) -> Arguments:
-        device, num_blocks = generator.device, 3
+        device = generator.device
         slots = torch.randperm(num_blocks * block_size, generator=generator, device=device)[:tokens]
         slots[1] = -1
         shape = num_q + num_kv, head_dim
@@ -155,6 +156,12 @@ def _case(
     return Case(title(dtype, shape, *words), make)
 
 
+def bench_cases() -> Iterator[Case]:
+    for tokens in (2, 128, 8192):
+        num_blocks = 2 * tokens
+        yield _case(torch.bfloat16, torch.bfloat16, tokens, 28, 4, 128, 16, False, num_blocks)
+
+
 def tolerance(arguments: Arguments) -> Tolerance:
     return Tolerance.of_rounding(arguments["q"].dtype)
 
@@ -163,6 +170,17 @@ def cost(arguments: Arguments) -> Cost:
     qkv, table = arguments["qkv"], arguments["table"]
     angles = qkv.shape[0] * table.shape[2] * table.element_size()  # half of a row each
     return Cost(2 * qkv.numel() * qkv.element_size() + angles, 3 * qkv.numel())
+
+
+def compact(arguments: Arguments) -> Arguments:
+    """The blocks that are written."""
+    slots, block_size = arguments["slot_mapping"], arguments["k_cache"].shape[2]
+    kept = slots >= 0
+    blocks, renamed = (slots[kept] // block_size).unique(return_inverse=True)
+    new_slots = slots.clone()
+    new_slots[kept] = renamed * block_size + slots[kept] % block_size
+    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
+    return {**arguments, **caches, "slot_mapping": new_slots}
 
 
 OP = Op(
@@ -174,4 +192,6 @@ OP = Op(
     cases=cases,
     tolerance=tolerance,
     cost=cost,
+    bench_cases=bench_cases,
+    compact=compact,
 )

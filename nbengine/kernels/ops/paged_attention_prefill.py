@@ -215,14 +215,15 @@ def cases() -> Iterator[Case]:
     yield make_case("float-members", single, 64, 1, 1, 16, mixed, members=(2,), softcap=5.0)
 
 
-BENCH_CASES: tuple[tuple[str, int, int], ...] = (
-    ("2k", 2048, 0),
-    ("8k", 8192, 0),
-    ("32k", 32768, 0),
-    ("2k after 30k", 2048, 30720),
-)
-"""Name, new tokens, past: one sequence, 28 query heads and 4 KV heads of 128, bfloat16, blocks of
-16. `make_case(name, bfloat16, 128, 4, 7, 16, ((new, past),)).make(generator)` gives its arguments."""
+def bench_cases() -> Iterator[Case]:
+    """One sequence, 28 query heads and 4 KV heads of 128, bfloat16, blocks of 16."""
+    for name, new, past in (
+        ("2k", 2048, 0),
+        ("8k", 8192, 0),
+        ("32k", 32768, 0),
+        ("2k after 30k", 2048, 30720),
+    ):
+        yield make_case(name, torch.bfloat16, 128, 4, 7, 16, ((new, past),))
 
 
 def make_case(
@@ -317,6 +318,18 @@ def cost(arguments: Arguments) -> Cost:
     return Cost(elements * out.element_size(), 4 * query_heads * head_dim * pairs)
 
 
+def compact(arguments: Arguments) -> Arguments:
+    """The blocks that the sequences have."""
+    tables, block_size = arguments["block_tables"], arguments["k_cache"].shape[2]
+    num_blocks = -(-arguments["seq_lens"] // block_size)
+    used = torch.arange(tables.shape[1], device=tables.device) < num_blocks[:, None]
+    blocks, renamed = tables[used].unique(return_inverse=True)
+    new_tables = torch.zeros_like(tables)
+    new_tables[used] = renamed
+    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
+    return {**arguments, **caches, "block_tables": new_tables}
+
+
 OP = Op(
     name="paged_attention_prefill",
     source="paged_attention_prefill.cu",
@@ -326,4 +339,6 @@ OP = Op(
     cases=cases,
     tolerance=tolerance,
     cost=cost,
+    bench_cases=bench_cases,
+    compact=compact,
 )

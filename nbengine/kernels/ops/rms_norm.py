@@ -85,6 +85,11 @@ def _case(dtype: torch.dtype, tokens: int, inner: tuple[int, ...], with_residual
     return Case(title(dtype, shape, "residual" if with_residual else ""), make)
 
 
+def bench_cases() -> Iterator[Case]:
+    for tokens in (1, 128, 8192):
+        yield _case(torch.bfloat16, tokens, (3584,), True)
+
+
 def tolerance(arguments: Arguments) -> Tolerance:
     return Tolerance.of_rounding(arguments["out"].dtype)
 
@@ -104,4 +109,5 @@ OP = Op(
     cases=cases,
     tolerance=tolerance,
     cost=cost,
+    bench_cases=bench_cases,
 )

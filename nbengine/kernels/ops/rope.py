@@ -89,6 +89,11 @@ def random_table(generator: torch.Generator, dtype: torch.dtype, head_dim: int) 
     return torch.stack(rows, 1).to(dtype)
 
 
+def bench_cases() -> Iterator[Case]:
+    for tokens in (1, 128, 8192):
+        yield _case(torch.bfloat16, torch.bfloat16, tokens, 32, 128)
+
+
 def tolerance(arguments: Arguments) -> Tolerance:
     return Tolerance.of_rounding(arguments["out"].dtype)
 
@@ -108,4 +113,5 @@ OP = Op(
     cases=cases,
     tolerance=tolerance,
     cost=cost,
+    bench_cases=bench_cases,
 )
