@@ -69,6 +69,10 @@ class EngineConfig:
     """Token ids in, token ids out; no tokenizer is loaded."""
     enforce_eager: bool = False
     """Never run from captured CUDA graphs."""
+    kernels: str = "auto"
+    """What runs the model: `cuda`, the CUDA C kernels on a GPU; `emulated`, the same kernels on a
+    CPU (slow: for tests and for writing kernels); `torch`, no kernels of those. `auto` is `cuda` on
+    a GPU, and on a CPU its own compiled kernels."""
 
     def __post_init__(self) -> None:
         check = _Checker(self)
@@ -102,6 +106,7 @@ class EngineConfig:
         for name, allowed in (
             ("preemption_mode", ("recompute", "swap")),
             ("quantization", (None, "int8", "int4")),
+            ("kernels", ("auto", "cuda", "emulated", "torch")),
             ("load_format", ("auto", "safetensors", "gguf")),
             ("dtype", ("auto", "float32", "float", "bfloat16", "float16", "half")),
         ):

@@ -38,6 +38,7 @@ from nbengine.core.sampling_params import (
 from nbengine.core.scheduler import Scheduler
 from nbengine.core.snapshot import Snapshot, take_snapshot
 from nbengine.core.why import Explanation, explain
+from nbengine.engine_kernels import EngineKernels
 from nbengine.engine_thread import EngineThread
 from nbengine.errors import (
     EngineBusy,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from nbengine.execution.memory import MemoryBudget
     from nbengine.execution.runner import ModelRunner
     from nbengine.jupyter.dashboard import Dashboard
+    from nbengine.kernels.op import Arguments
     from nbengine.models.decoder import Decoder
     from nbengine.tokenizer import Tokenizer
 
@@ -686,6 +688,23 @@ class Engine:
         self._check_open()
         assert self._runner is not None
         return self._runner.kv_cache
+
+    @property
+    def kernels(self) -> EngineKernels | None:
+        """The ops that run the model, to look at and to swap; None where torch's operations or the
+        CPU's compiled kernels run it.
+
+        Raises:
+            EngineClosed
+        """
+        self._check_open()
+        assert self._runner is not None
+        table = self._runner.kernels
+        return None if table is None else EngineKernels(self, table)
+
+    def _live_calls(self, op: str) -> list[Arguments]:
+        assert self._runner is not None
+        return self._runner.live_calls(op, self.scheduler.running)
 
     def _text_of(self, seq: Sequence) -> str:
         return self._states[seq.request.request_id].text_of(seq)

@@ -29,6 +29,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
+        head_dim=64,  # the least that the CUDA kernels serve
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.3,  # so that logits differ clearly, and greedy paths do not loop

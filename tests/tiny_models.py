@@ -76,10 +76,29 @@ def _configs() -> dict[str, transformers.PreTrainedConfig]:
 CONFIGS = _configs()
 
 
+def _served() -> dict[str, transformers.PreTrainedConfig]:
+    qwen2, qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
+    shape = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    shape |= {"head_dim": 64, "num_attention_heads": 4}
+    return {
+        "served-llama": transformers.LlamaConfig(**shape, rope_parameters=LLAMA3_ROPE),
+        "served-mistral": transformers.MistralConfig(**shape | {"head_dim": 80}, sliding_window=9),
+        "served-qwen2": qwen2(
+            **shape | {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1},
+            tie_word_embeddings=True,
+        ),
+        "served-qwen3": qwen3(**shape | {"head_dim": 128, "num_key_value_heads": 4}),
+    }
+
+
+SERVED = _served()
+"""Of shapes that the CUDA kernels serve: small too, but with heads of 64 and more."""
+
+
 def make_reference(name: str) -> transformers.PreTrainedModel:
-    """transformers' model of `CONFIGS[name]`, with its own random weights, in float32."""
+    """transformers' model of `CONFIGS[name]` or `SERVED[name]`, with its own random weights, in float32."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | SERVED)[name]).eval()
     with torch.no_grad():
         for key, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
@@ -140,7 +159,12 @@ class PagedRun:
     def step(self, *scheduled: tuple[Sequence, int]) -> list[torch.Tensor]:
         """Compute n more tokens of each sequence: logits `[n, vocab]` of each."""
         plan = StepPlan(scheduled=list(scheduled))
-        batch = Batch.from_plan(plan, self.block_size, logits_rows=list(range(plan.num_tokens)))
+        batch = Batch.from_plan(
+            plan,
+            self.block_size,
+            logits_rows=list(range(plan.num_tokens)),
+            device=self.decoder.device,
+        )
         hidden = self.decoder.forward(batch, self.cache)
         for seq, n in scheduled:
             seq.num_computed_tokens += n

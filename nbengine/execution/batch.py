@@ -1,7 +1,8 @@
 """`Batch`: a step's plan as flat tensors, the one input of the model.
 
 Prefill chunks and decodes are laid end to end, sequence after sequence in the plan's order. All
-integers go to the device in one buffer and one copy; the fields are views of it.
+integers go to the device in one buffer and one copy; the fields are views of it. On a GPU that
+buffer is the same in every step (`BatchBuffer`), so that a captured graph finds its input there.
 """
 
 from __future__ import annotations
@@ -18,9 +19,44 @@ from torch import Tensor
 from nbengine.core.plan import StepPlan
 
 
+class BatchBuffer:
+    """Pinned host memory and its counterpart on a GPU, for one batch after the other."""
+
+    def __init__(self, num_elements: int, device: torch.device) -> None:
+        self._host = torch.empty(num_elements, dtype=torch.int64, pin_memory=True)
+        self._device = torch.empty(num_elements, dtype=torch.int64, device=device)
+        self._copied = torch.cuda.Event()
+
+    @classmethod
+    def for_batches(
+        cls, max_num_tokens: int, max_num_seqs: int, max_blocks: int, device: torch.device
+    ) -> BatchBuffer:
+        """One that holds any batch of so many tokens and sequences, each of up to `max_blocks`."""
+        seqs = min(max_num_tokens, max_num_seqs)
+        return cls(4 * max_num_tokens + seqs * (max_blocks + 2) + 1, device)
+
+    def host(self, num_elements: int) -> np.ndarray:
+        """The first elements of the host's part, zeroed, once the last upload has read them."""
+        self._copied.synchronize()
+        view = self._host[:num_elements].numpy()
+        view[:] = 0
+        return view
+
+    def upload(self, num_elements: int) -> Tensor:
+        """The same elements on the device, when the current stream gets there."""
+        on_device = self._device[:num_elements]
+        on_device.copy_(self._host[:num_elements], non_blocking=True)
+        self._copied.record()
+        return on_device
+
+
 @dataclass(slots=True, eq=False)
 class Batch:
-    """T tokens of S sequences. Tensors are int64 and live on the model's device."""
+    """T tokens of S sequences. Tensors are int64 and live on the model's device.
+
+    A decode step that is run from a captured graph is padded to the graph's size: its padding rows
+    have the slot -1 and a length of 0, and are not counted in `num_tokens` and `num_seqs`.
+    """
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]: each token's place in its own sequence
@@ -41,6 +77,13 @@ class Batch:
     attention_plans: dict[int | None, Any] = field(default_factory=dict)
     """By window: what attention works out in the first layer and reuses in the others."""
 
+    @property
+    def num_decodes(self) -> int:
+        """How many of the first sequences have one row each, padding included."""
+        if self.max_query_len == 1:
+            return len(self.seq_lens)
+        return next(i for i, n in enumerate(self.query_lens) if n != 1)
+
     @classmethod
     def from_plan(
         cls,
@@ -49,11 +92,14 @@ class Batch:
         *,
         logits_rows: list[int] | None = None,
         device: torch.device | str = "cpu",
+        buffer: BatchBuffer | None = None,
+        padded_to: tuple[int, int] | None = None,
     ) -> Batch:
         """Lay out `plan.scheduled`, which must not be empty.
 
         `logits_rows` are flat rows; by default the last row of every sequence whose last known
-        token is computed in this step.
+        token is computed in this step. `buffer` is where to lay them, for a GPU. `padded_to` (rows,
+        columns of the block table) is for steps in which every sequence has one row.
         """
         scheduled = plan.scheduled
         num_seqs = len(scheduled)
@@ -63,6 +109,11 @@ class Batch:
         num_blocks = [-(-end // block_size) for end in ends]
         max_blocks = max(num_blocks)
         num_tokens = sum(counts)
+        num_rows, num_tables = num_tokens, num_seqs
+        if padded_to is not None:
+            assert num_tokens == num_seqs <= padded_to[0] and max_blocks <= padded_to[1]
+            num_rows = num_tables = padded_to[0]
+            max_blocks = padded_to[1]
         if logits_rows is None:
             lasts = np.cumsum(counts) - 1
             logits_rows = [
@@ -72,38 +123,43 @@ class Batch:
             ]
 
         layout = {
-            "token_ids": (num_tokens,),
-            "positions": (num_tokens,),
-            "slot_mapping": (num_tokens,),
-            "query_start_loc": (num_seqs + 1,),
-            "seq_lens": (num_seqs,),
-            "block_tables": (num_seqs, max_blocks),
+            "token_ids": (num_rows,),
+            "positions": (num_rows,),
+            "slot_mapping": (num_rows,),
+            "query_start_loc": (num_tables + 1,),
+            "seq_lens": (num_tables,),
+            "block_tables": (num_tables, max_blocks),
             "logits_rows": (len(logits_rows),),
         }
         sizes = [math.prod(shape) for shape in layout.values()]
-        buffer = np.zeros(sum(sizes), dtype=np.int64)
+        flat = buffer.host(sum(sizes)) if buffer else np.zeros(sum(sizes), dtype=np.int64)
         cuts = np.cumsum(sizes[:-1])
         host = {
             name: part.reshape(shape)
-            for part, (name, shape) in zip(np.split(buffer, cuts), layout.items(), strict=True)
+            for part, (name, shape) in zip(np.split(flat, cuts), layout.items(), strict=True)
         }
 
         tokens = (seq.tokens[a:b] for (seq, _), a, b in zip(scheduled, starts, ends, strict=True))
-        host["token_ids"][:] = list(chain.from_iterable(tokens))
-        host["query_start_loc"][1:] = np.cumsum(counts)
-        host["seq_lens"][:] = ends
+        host["token_ids"][:num_tokens] = list(chain.from_iterable(tokens))
+        first_rows = np.cumsum([0, *counts])
+        host["query_start_loc"][: num_seqs + 1] = first_rows
+        host["seq_lens"][:num_seqs] = ends
         tables = host["block_tables"]
-        for table, (seq, _), n in zip(tables, scheduled, num_blocks, strict=True):
+        for table, (seq, _), n in zip(tables, scheduled, num_blocks, strict=False):
             table[:n] = seq.block_table[:n]
         owners = np.repeat(np.arange(num_seqs), counts)  # [T]: each row's sequence
-        shifts = np.array(starts) - host["query_start_loc"][:-1]  # [S]: from row to position
+        shifts = np.array(starts) - first_rows[:-1]  # [S]: from row to position
         positions = np.arange(num_tokens) + shifts[owners]
-        host["positions"][:] = positions
+        host["positions"][:num_tokens] = positions
         blocks, offsets = np.divmod(positions, block_size)
-        host["slot_mapping"][:] = tables[owners, blocks] * block_size + offsets
+        host["slot_mapping"][:num_tokens] = tables[owners, blocks] * block_size + offsets
+        host["slot_mapping"][num_tokens:] = -1
         host["logits_rows"][:] = logits_rows
 
-        on_device = torch.from_numpy(buffer).to(device)
+        if buffer is None:
+            on_device = torch.from_numpy(flat).to(device)
+        else:
+            on_device = buffer.upload(len(flat))
         views = {
             name: part.view(shape)
             for part, (name, shape) in zip(on_device.split(sizes), layout.items(), strict=True)
@@ -119,7 +175,7 @@ class Batch:
             num_tokens=num_tokens,
             num_seqs=num_seqs,
             max_query_len=max(counts),
-            max_seq_len=max(ends),
+            max_seq_len=max_blocks * block_size if padded_to else max(ends),
             query_lens=counts,
             context_lens=starts,
         )

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from nbengine.errors import NotEnoughMemory
+from nbengine.kernels.table import Kernels
 from nbengine.models.config import ModelConfig
 
 
 class KVCache:
     """Device blocks, and host blocks to swap to."""
+
+    kernels: Kernels | None = None
+    """Copies blocks; else torch does."""
 
     def __init__(self, data: Tensor, host: Tensor) -> None:
         self.data = data  # [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]
@@ -73,18 +77,36 @@ class KVCache:
         """Of the device blocks."""
         return self.data.nbytes
 
+    def slots(self, slot_mapping: Tensor) -> tuple[slice | Tensor, ...]:
+        """An index of `data` for these slots' keys and values in all layers."""
+        blocks, offsets = slot_mapping // self.block_size, slot_mapping % self.block_size
+        return slice(None), slice(None), blocks, slice(None), offsets
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy device blocks: (source, destination). All sources are read before any is
         written."""
-        _copy(self.data, self.data, pairs)
+        if self.kernels is not None and pairs:
+            self.kernels.copy_blocks(cache=self.data, pairs=self._on_device(pairs))
+        else:
+            _copy(self.data, self.data, pairs)
 
     def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
         """(device block, host block)."""
-        _copy(self.data, self.host, pairs)
+        self._swap(self.data, self.host, pairs)
 
     def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
         """(host block, device block)."""
-        _copy(self.host, self.data, pairs)
+        self._swap(self.host, self.data, pairs)
+
+    def _swap(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        if self.kernels is not None and pairs:
+            self.kernels.swap_blocks(source=source, target=target, pairs=self._on_device(pairs))
+        else:
+            _copy(source, target, pairs)
+
+    def _on_device(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """int64 [P, 2]."""
+        return torch.tensor(pairs, dtype=torch.int64, device=self.data.device)
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

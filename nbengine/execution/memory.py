@@ -1,7 +1,9 @@
-"""The memory budget: what weights, activations and KV blocks take, worked out before loading.
+"""The memory budget: what weights, activations and KV blocks take.
 
-`plan_memory` is called once, by `ModelRunner.load`. It needs only the config, so a model that does
-not fit is refused in a moment and with numbers. The engine prints the `MemoryBudget` at start-up.
+`ModelRunner.load` calls `plan_memory` before it reads a weight: that needs only the config, so a
+model that does not fit is refused in a moment and with numbers. On a GPU it calls it again with what
+the loaded model took when it was run once (`measure_activations`), and the KV blocks get what that
+leaves. The engine prints the `MemoryBudget` at start-up.
 """
 
 from __future__ import annotations
@@ -14,9 +16,14 @@ from pathlib import Path
 import torch
 
 from nbengine.config import EngineConfig
+from nbengine.core.plan import StepPlan
+from nbengine.core.request import Request, Sequence
+from nbengine.core.sampling_params import SamplingParams
 from nbengine.errors import InvalidField, NotEnoughMemory
-from nbengine.execution.kv_cache import bytes_per_block
+from nbengine.execution.batch import Batch
+from nbengine.execution.kv_cache import KVCache, bytes_per_block
 from nbengine.models.config import ModelConfig
+from nbengine.models.decoder import Decoder
 from nbengine.models.weights import HEAD_QUANTIZATION
 
 GIB = 2**30
@@ -37,7 +44,9 @@ class MemoryBudget:
     """Free on the device when the budget was made."""
     weights: int
     activations: int
-    """An estimate of the most that a step needs beside weights and KV."""
+    """The most that a step needs beside weights and KV."""
+    is_measured: bool
+    """Whether that was seen, or is an estimate."""
     block_size: int
     block_bytes: int
     num_blocks: int
@@ -65,9 +74,10 @@ class MemoryBudget:
             f"{self.num_blocks:,} blocks of {self.block_size} = {self.num_kv_tokens:,} tokens, "
             f"{self.num_kv_tokens / self.max_model_len:.1f} x max_model_len {self.max_model_len:,}"
         )
+        how = "measured" if self.is_measured else "estimated"
         rows = [
             ("weights", _shown(self.weights), ""),
-            ("activations", _shown(self.activations), "at most, estimated"),
+            ("activations", _shown(self.activations), "at most, " + how),
             ("KV cache", _shown(self.kv_cache), blocks),
             ("reserve", _shown(self.reserve), f"of {_shown(self.available)} free"),
         ]
@@ -89,25 +99,45 @@ class MemoryBudget:
         return f"<table><caption>memory on {html.escape(self.device)}</caption>{cells}</table>"
 
 
-def plan_memory(
-    config: ModelConfig, settings: EngineConfig, *, dtype: torch.dtype, device: torch.device
-) -> MemoryBudget:
-    """Divide the free memory.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes, of a model that was loaded and run once."""
 
-    `gpu_memory_utilization` is a fraction of a GPU's whole memory, or of a CPU's free memory. Raises `NotEnoughMemory` if weights, activations and one
-    sequence of `max_model_len` do not fit (left None, it becomes what fits), or the blocks asked for
-    do not hold one; and `InvalidField` for a `max_model_len` beyond the model's positions.
+    available: int
+    """Free on the device before it was loaded."""
+    weights: int
+    activations: int
+
+
+def plan_memory(
+    config: ModelConfig,
+    settings: EngineConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    measured: Measured | None = None,
+) -> MemoryBudget:
+    """Divide the free memory, by estimates from the config or by what was measured.
+
+    `gpu_memory_utilization` is a fraction of a GPU's whole memory, or of a CPU's free memory.
+    Raises `NotEnoughMemory` if weights, activations and one sequence of `max_model_len` do not fit
+    (left None, it becomes what fits), or the blocks asked for do not hold one; and `InvalidField`
+    for a `max_model_len` beyond the model's positions.
     """
     positions = config.max_position_embeddings
     max_model_len, block_size = settings.max_model_len, settings.block_size
     num_gpu_blocks_override = settings.num_gpu_blocks_override
     if max_model_len is not None and max_model_len > positions:
         raise InvalidField("max_model_len", max_model_len, f"the model has {positions} positions")
-    available, usable = _free_memory(device, settings.gpu_memory_utilization)
-    weights = weight_bytes(config, dtype, settings.quantization, max_model_len or positions)
-    activations = activation_bytes(
-        config, dtype, settings.max_num_batched_tokens, settings.max_num_seqs
-    )
+    is_measured = measured is not None
+    if measured is None:
+        measured = Measured(
+            free_memory(device),
+            weight_bytes(config, dtype, settings.quantization, max_model_len or positions),
+            activation_bytes(config, dtype, settings.max_num_batched_tokens, settings.max_num_seqs),
+        )
+    available, weights, activations = measured.available, measured.weights, measured.activations
+    usable = _usable(device, available, settings.gpu_memory_utilization)
     left = usable - weights - activations
     block_bytes = bytes_per_block(config, block_size, dtype)
     sizes = (
@@ -155,6 +185,7 @@ def plan_memory(
         available=available,
         weights=weights,
         activations=activations,
+        is_measured=is_measured,
         block_size=block_size,
         block_bytes=block_bytes,
         num_blocks=num_blocks,
@@ -193,13 +224,54 @@ def activation_bytes(
     return max_num_batched_tokens * per_token + 3 * logits_rows * config.vocab_size * 4
 
 
-def _free_memory(device: torch.device, fraction: float) -> tuple[int, int]:
-    """Bytes that are free on the device, and how many of them may be used."""
+def measure_activations(decoder: Decoder, settings: EngineConfig, max_model_len: int) -> int:
+    """Bytes that the largest step takes on the GPU beside weights and KV: prompts of
+    `max_num_batched_tokens` tokens together, and as many rows of logits as may be sampled. What
+    libraries set up on first use (workspaces, loaded kernels) counts too, and stays."""
+    device, block_size = decoder.device, settings.block_size
+    num_tokens = settings.max_num_batched_tokens
+    plan, num_blocks = StepPlan(), 0
+    for start in range(0, num_tokens, max_model_len):
+        n = min(max_model_len, num_tokens - start)
+        needed = -(-n // block_size)
+        request = Request("profile", (0,) * n, SamplingParams(max_tokens=1))
+        sequence = Sequence("profile", request, 0, [0] * n)
+        sequence.block_table = list(range(num_blocks, num_blocks + needed))
+        num_blocks += needed
+        plan.scheduled.append((sequence, n))
+    rows = list(range(min(settings.max_num_seqs, num_tokens)))
+    kv_cache = KVCache.allocate(decoder.config, num_blocks, block_size, decoder.dtype, device)
+    batch = Batch.from_plan(plan, block_size, logits_rows=rows, device=device)
+
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    free_before = torch.cuda.mem_get_info(device)[0]
+    reserved_before = torch.cuda.memory_reserved(device)
+    hidden = decoder.forward(batch, kv_cache)
+    logits = decoder.compute_logits(hidden[batch.logits_rows])
+    logits.clone()  # the sampler's working copy
+    torch.cuda.synchronize(device)
+    in_torch = torch.cuda.max_memory_reserved(device) - reserved_before
+    outside = (free_before - torch.cuda.mem_get_info(device)[0]) - (
+        torch.cuda.memory_reserved(device) - reserved_before
+    )
+    return in_torch + max(0, outside)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free, int(total * fraction) - (total - free)
-    free = free_host_memory()
-    return free, int(free * fraction)
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_memory()
+
+
+def _usable(device: torch.device, free: int, fraction: float) -> int:
+    """How many of the free bytes may be used."""
+    if device.type == "cuda":
+        total = int(torch.cuda.mem_get_info(device)[1])
+        return int(total * fraction) - (total - free)
+    return int(free * fraction)
 
 
 def free_host_memory(

@@ -9,7 +9,11 @@ the step back.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +25,21 @@ from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.request import Sequence
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.errors import NbengineError, NotEnoughMemory, SamplingError
-from nbengine.execution.batch import Batch
+from nbengine.execution.batch import Batch, BatchBuffer
+from nbengine.execution.cuda_graphs import DecodeGraphs
 from nbengine.execution.kv_cache import KVCache
-from nbengine.execution.memory import MemoryBudget, plan_memory
+from nbengine.execution.memory import (
+    Measured,
+    MemoryBudget,
+    free_memory,
+    measure_activations,
+    plan_memory,
+)
 from nbengine.execution.sampler import Sampler, SampleRow, beam_candidates, prompt_logprobs
+from nbengine.kernels.op import Arguments
+from nbengine.kernels.table import Kernels
 from nbengine.models.decoder import Decoder
+from nbengine.models.kernel_layers import KernelLayers, choose_kernels
 from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype
 from nbengine.models.weights import build_decoder
 
@@ -37,10 +51,16 @@ class ModelRunner:
     """Implements `nbengine.core.plan.Executor`."""
 
     def __init__(
-        self, decoder: Decoder, kv_cache: KVCache, sampler: Sampler, block_size: int
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        sampler: Sampler,
+        *,
+        buffer: BatchBuffer | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.decoder, self.kv_cache, self.sampler = decoder, kv_cache, sampler
-        self.block_size = block_size
+        self._buffer, self._graphs = buffer, graphs
         self._is_set_up = False
 
     @classmethod
@@ -48,13 +68,17 @@ class ModelRunner:
         """A runner of the model at `path`, ready to execute, and the memory it was given.
 
         The budget comes first, from the config alone, so that a model that can't fit is refused
-        before it is read. Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`,
-        `NotEnoughMemory`, and `InvalidField` for an unknown dtype or quantization.
+        before it is read; on a GPU it is made again from what the loaded model was seen to need.
+        Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`, `NotEnoughMemory`, and
+        `InvalidField` for an unknown dtype or quantization, or kernels that don't serve the model.
         """
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
-        device = resolve_device(settings.device)
+        on_cpu = settings.kernels == "emulated" and settings.device == "auto"
+        device = resolve_device("cpu" if on_cpu else settings.device)
         dtype = resolve_dtype(settings.dtype, config, settings.quantization, device)
+        kernels = choose_kernels(settings, config, dtype, device)
+        free_before = free_memory(device)
         budget = plan_memory(config, settings, dtype=dtype, device=device)
         try:
             decoder = build_decoder(
@@ -64,6 +88,14 @@ class ModelRunner:
                 device=device,
                 max_positions=budget.max_model_len,
             )
+            if kernels is not None:
+                decoder.kernel_layers = KernelLayers(decoder, kernels)
+            if device.type == "cuda":
+                activations = measure_activations(decoder, settings, budget.max_model_len)
+                measured = Measured(free_before, decoder.nbytes, activations)
+                budget = plan_memory(
+                    config, settings, dtype=dtype, device=device, measured=measured
+                )
             kv_cache = KVCache.allocate(
                 config,
                 budget.num_blocks,
@@ -80,19 +112,88 @@ class ModelRunner:
                 f"program has taken it meanwhile. Lower gpu_memory_utilization or close the other "
                 f"program. The budget was:\n{budget}"
             ) from error
+        kv_cache.kernels = kernels
+        max_blocks = -(-budget.max_model_len // settings.block_size)
+        rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+        buffer = graphs = None
+        if device.type == "cuda":
+            buffer = BatchBuffer.for_batches(
+                settings.max_num_batched_tokens, rows, max_blocks, device
+            )
+            if kernels is not None and not settings.enforce_eager:
+                graphs = DecodeGraphs(decoder, kv_cache, rows, max_blocks)
         sampler = Sampler(config.vocab_size, device)
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
-        return cls(decoder, kv_cache, sampler, settings.block_size), budget
+        return cls(decoder, kv_cache, sampler, buffer=buffer, graphs=graphs), budget
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """The ops that run the model; None where torch's operations or the CPU's kernels do."""
+        layers = self.decoder.kernel_layers
+        return None if layers is None else layers.kernels
 
     def prepare(self, plan: StepPlan) -> Prepared:
-        """The plan as the model's input."""
+        """The plan as the model's input: decodes first, prefill chunks after them."""
+        plan = dataclasses.replace(
+            plan, scheduled=sorted(plan.scheduled, key=lambda item: item[1] > 1)
+        )
         wanted = _Wanted.of(plan)
-        batch = None
+        batch, padded_to = None, None
         if plan.scheduled:
+            if self._graphs is not None and wanted.num_last == len(wanted.rows) == plan.num_tokens:
+                most = max(len(seq.block_table) for seq, _ in plan.scheduled)
+                padded_to = self._graphs.graph_size(len(plan.scheduled), most)
             batch = Batch.from_plan(
-                plan, self.block_size, logits_rows=wanted.rows, device=self.decoder.device
+                plan,
+                self.kv_cache.block_size,
+                logits_rows=wanted.rows,
+                device=self.decoder.device,
+                buffer=self._buffer,
+                padded_to=padded_to,
             )
-        return Prepared(plan, batch, wanted)
+        return Prepared(plan, batch, wanted, is_graph=padded_to is not None)
+
+    def live_calls(self, op: str, sequences: Iterable[Sequence]) -> list[Arguments]:
+        """Arguments of calls of an op on what the engine holds now: the last computed token of each
+        sequence (the last 64, for prefill attention) is computed again over its own KV blocks, and
+        the cache is left as it was. Empty where such a step does not call the op."""
+        assert self.kernels is not None
+        length = 64 if op == "paged_attention_prefill" else 1
+        plan = StepPlan()
+        for seq in sequences:
+            n = min(length, seq.num_computed_tokens)
+            if n:
+                again = copy.copy(seq)
+                again.num_computed_tokens -= n
+                plan.scheduled.append((again, n))
+        if not plan.scheduled:
+            return []
+        lasts = list(itertools.accumulate(n for _, n in plan.scheduled))
+        batch = Batch.from_plan(
+            plan,
+            self.kv_cache.block_size,
+            logits_rows=[end - 1 for end in lasts],
+            device=self.decoder.device,
+        )
+        recording = self.kernels.record(op, num_calls=2)
+        written = self.kv_cache.slots(batch.slot_mapping)
+        kept = self.kv_cache.data[written]
+        try:
+            with torch.inference_mode():
+                hidden = self.decoder.forward(batch, self.kv_cache)
+                logits = self.decoder.compute_logits(hidden[batch.logits_rows])
+                sampled = [
+                    (i, _sample_row(seq))
+                    for i, (seq, _) in enumerate(plan.scheduled)
+                    if isinstance(seq.request.params, SamplingParams)
+                ]
+                if sampled:
+                    rows = torch.tensor([i for i, _ in sampled], device=logits.device)
+                    self.sampler.sample(logits[rows], [row for _, row in sampled])
+        finally:
+            recording.stop()
+            self.kv_cache.data[written] = kept
+        return recording.calls
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Do all the plan says."""
@@ -112,28 +213,42 @@ class ModelRunner:
         output = StepOutput()
         if prepared.batch is not None:
             with torch.inference_mode():
-                self._compute(plan, prepared.batch, prepared.wanted, output)
+                self._compute(prepared, prepared.batch, output)
         return output
 
     def close(self) -> None:
-        """Give the memory of weights and cache back; the runner is of no use after this."""
+        """Give the memory of weights, cache and graphs back; the runner is of no use after this."""
         is_cuda = self.decoder.device.type == "cuda"
-        del self.decoder, self.kv_cache
+        self._graphs = self._buffer = None
+        del self.decoder, self.kv_cache, self.sampler
         if is_cuda:
+            gc.collect()  # graphs, layers and decoder refer to each other
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
-    def _compute(self, plan: StepPlan, batch: Batch, wanted: _Wanted, output: StepOutput) -> None:
+    def _compute(self, prepared: Prepared, batch: Batch, output: StepOutput) -> None:
+        wanted = prepared.wanted
+        if prepared.is_graph:
+            assert self._graphs is not None
+            logits = self._graphs.logits(batch)
+            if wanted.rows != list(range(len(wanted.rows))):
+                logits = logits[batch.logits_rows]
+            self._sample_and_score(wanted, logits, output)
+            return
         hidden = self.decoder.forward(batch, self.kv_cache)
         if not wanted.rows:
             return
         hidden = hidden[batch.logits_rows]
         last, of_prompts = hidden.tensor_split([wanted.num_last])
         if wanted.num_last:
-            logits = self.decoder.compute_logits(last)
-            sampled, of_beams = logits.tensor_split([len(wanted.samples)])
-            self._sample(wanted, sampled, output)
-            self._score_beams(wanted, of_beams, output)
+            self._sample_and_score(wanted, self.decoder.compute_logits(last), output)
         self._score_prompts(wanted, of_prompts, output)
+
+    def _sample_and_score(self, wanted: _Wanted, logits: Tensor, output: StepOutput) -> None:
+        """`logits` are of the last rows: those to sample, then those of beams."""
+        sampled, of_beams = logits.tensor_split([len(wanted.samples)])
+        self._sample(wanted, sampled, output)
+        self._score_beams(wanted, of_beams, output)
 
     def _sample(self, wanted: _Wanted, logits: Tensor, output: StepOutput) -> None:
         rows = [_sample_row(seq) for seq in wanted.samples]
@@ -197,6 +312,8 @@ class Prepared:
     batch: Batch | None
     """None where nothing is scheduled."""
     wanted: _Wanted
+    is_graph: bool
+    """Whether the batch is padded for a captured graph."""
 
 
 @dataclass(slots=True)

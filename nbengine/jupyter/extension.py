@@ -107,6 +107,7 @@ _LOAD = {
     "max-num-seqs": (int, "most sequences that run at once"),
     "long-prefill-token-threshold": (int, "most tokens of one prompt in a step"),
     "scheduling-policy": (_text, f"{', '.join(POLICIES)}, or a policy of the notebook"),
+    "kernels": (_text, "auto, cuda, emulated or torch: what runs the model"),
     "max-logprobs": (int, "most logprobs that a request may ask for"),
     "seed": (int, "of requests without one"),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from nbengine.models.config import ModelConfig
 from nbengine.models.decode import CompiledDecode
 from nbengine.models.linear import Linear
 from nbengine.models.ops import RmsNorm, rotate, silu_and_mul
+
+if TYPE_CHECKING:
+    from nbengine.models.kernel_layers import KernelLayers
 
 
 @dataclass(slots=True)
@@ -57,6 +61,8 @@ class Decoder:
     norm: RmsNorm
     head: Linear  # [vocab, hidden]
     rope: Tensor  # [max_positions, 2, head_dim], see rope_table
+    kernel_layers: KernelLayers | None = field(default=None, init=False, repr=False)
+    """Runs the layers, where the engine's kernels do; else they run in torch, below."""
     _compiled: tuple[weakref.ref[KVCache], CompiledDecode | None] | None = field(
         default=None, init=False, repr=False
     )
@@ -88,6 +94,8 @@ class Decoder:
 
         The final norm is left to `compute_logits`, which few of the rows need.
         """
+        if self.kernel_layers is not None:
+            return self.kernel_layers(batch, kv_cache)
         x = embedding(batch.token_ids, self.embedding)
         cos_sin = self.rope[batch.positions]  # [T, 2, head_dim]
         if batch.max_query_len == 1:
@@ -102,6 +110,8 @@ class Decoder:
     @torch.inference_mode()
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
         """float32 `[R, vocab]` of rows `[R, hidden]` that `forward` returned."""
+        if self.kernel_layers is not None:
+            return self.kernel_layers.compute_logits(hidden_rows)
         return self.head(self.norm(hidden_rows)).float()
 
     def _compiled_for(self, kv_cache: KVCache) -> CompiledDecode | None:

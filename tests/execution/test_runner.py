@@ -91,7 +91,7 @@ def make_runner(
     )
     cache.data.fill_(float("nan"))
     cache.host.fill_(float("nan"))
-    return ModelRunner(decoder, cache, Sampler(decoder.config.vocab_size, "cpu"), block_size)
+    return ModelRunner(decoder, cache, Sampler(decoder.config.vocab_size, "cpu"))
 
 
 def sequence(tokens: list[int], blocks: list[int], **fields: object) -> Sequence:

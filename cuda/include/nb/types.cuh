@@ -14,8 +14,6 @@ using int64 = long long;
 using uint32 = unsigned int;
 using uint64 = unsigned long long;
 
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);  // NVRTC has no INFINITY
-
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -1,0 +1,157 @@
+"""The engine with its kernels: what it generates is what it generates in torch's operations, through
+everything that a scheduler does to a sequence. On a GPU, and emulated on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbengine import Engine, SamplingParams
+from tests.gpu import needs_gpu
+from tests.tiny_models import SERVED, random_tokens, save_reference
+
+PROMPTS = [random_tokens(n, seed=n) for n in (5, 40, 17, 33)]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+KERNELS = [pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("engine_kernels")
+    for name in SERVED:
+        save_reference(name, directory)
+    return {name: directory / name for name in SERVED}
+
+
+def make(path: Path, kernels: str, **fields: Any) -> Engine:
+    settings = {"device": "cpu" if kernels == "emulated" else "cuda", "dtype": "float32"}
+    settings |= {"skip_tokenizer_init": True, "max_model_len": 128, "gpu_memory_utilization": 0.05}
+    return Engine(model=path, kernels=kernels, **settings | fields)
+
+
+def run(engine: Engine, prompts=PROMPTS, params=GREEDY) -> list[list[list[int]]]:
+    names = [engine.add_request(prompt, params) for prompt in prompts]
+    engine.run()
+    return [[o.token_ids for o in engine.output(name).outputs] for name in names]
+
+
+@pytest.fixture(scope="module")
+def expected(models) -> dict[str, list[list[list[int]]]]:
+    """By family, in torch's operations, one request after the other."""
+    found = {}
+    for name, path in models.items():
+        with make(path, "torch", device="cpu") as engine:
+            found[name] = [run(engine, [prompt])[0] for prompt in PROMPTS]
+    return found
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("family", SERVED)
+def test_greedy_tokens_are_those_of_torch(models, expected, family, kernels):
+    with make(models[family], kernels) as engine:
+        assert run(engine) == expected[family]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+class TestWhateverTheScheduleDoes:
+    FAMILY = "served-llama"
+
+    def test_in_chunks_mixed_with_decodes(self, models, expected, kernels):
+        with make(models[self.FAMILY], kernels, max_num_batched_tokens=7) as engine:
+            assert run(engine) == expected[self.FAMILY]
+
+    @pytest.mark.parametrize("mode", ["recompute", "swap"])
+    def test_after_preemption(self, models, expected, kernels, mode):
+        settings = {"num_gpu_blocks_override": 8, "preemption_mode": mode, "swap_space": 0.01}
+        with make(models[self.FAMILY], kernels, enable_prefix_caching=False, **settings) as engine:
+            assert run(engine) == expected[self.FAMILY]
+            assert {p.mode for r in engine.history for p in r.preempted} == {mode}
+
+    def test_with_prefix_hits(self, models, expected, kernels):
+        with make(models[self.FAMILY], kernels) as engine:
+            run(engine)
+            assert run(engine) == expected[self.FAMILY]
+            assert sum(r.num_hit_tokens for r in engine.history) >= 32 + 16 + 32
+
+    def test_samples_share_their_prompt_by_copy_on_write(self, models, kernels):
+        params = GREEDY.clone(n=3, temperature=1.0, seed=5)
+        with make(models[self.FAMILY], kernels) as engine:
+            found = run(engine, PROMPTS[:2], params)
+            assert sum(len(r.copies) for r in engine.history) > 0
+        with make(models[self.FAMILY], "torch", device="cpu") as engine:
+            assert found == run(engine, PROMPTS[:2], params)
+
+    def test_numbers_in_unused_slots_never_leak(self, models, expected, kernels):
+        with make(models[self.FAMILY], kernels, enable_prefix_caching=False) as engine:
+            engine.kv_cache.data.fill_(float("nan"))
+            assert run(engine) == expected[self.FAMILY]
+
+
+@needs_gpu
+class TestOnTheGpu:
+    def test_auto_picks_the_gpu_and_its_kernels(self, models):
+        with Engine(
+            model=models["served-qwen3"], skip_tokenizer_init=True, gpu_memory_utilization=0.05
+        ) as engine:
+            assert engine.model.device.type == "cuda"
+            assert engine.kernels is not None and engine.kernels.backend == "cuda"
+
+    @pytest.mark.parametrize("family", SERVED)
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_graphs_give_the_tokens_of_single_launches(self, models, family, dtype):
+        found = []
+        for enforce_eager in (True, False):
+            with make(models[family], "cuda", dtype=dtype, enforce_eager=enforce_eager) as engine:
+                found.append(run(engine))
+        assert found[0] == found[1]
+
+    def test_a_steady_decode_step_allocates_no_device_memory(self, models):
+        with make(models["served-llama"], "cuda", dtype="bfloat16") as engine:
+            for prompt in PROMPTS:
+                engine.add_request(prompt, GREEDY.clone(max_tokens=60))
+            engine.step(20)
+            before = torch.cuda.memory_stats()
+            engine.step(20)
+            after = torch.cuda.memory_stats()
+        for counter in ("num_device_alloc", "segment.all.allocated"):
+            assert after[counter] == before[counter]
+
+    def test_closing_returns_the_memory_and_a_second_engine_works(self, models, expected):
+        with make(models["served-llama"], "cuda") as engine:  # what stays: context, libraries
+            run(engine)
+        free = torch.cuda.mem_get_info()[0]
+        with make(models["served-llama"], "cuda", gpu_memory_utilization=0.3) as engine:
+            assert run(engine) == expected["served-llama"]
+            assert torch.cuda.mem_get_info()[0] < free - 2**30
+        assert free - torch.cuda.mem_get_info()[0] < 64 * 2**20
+        with make(models["served-llama"], "cuda") as engine:
+            assert run(engine) == expected["served-llama"]
+
+    def test_memory_stays_within_its_utilization(self, models):
+        total = torch.cuda.mem_get_info()[1]
+        with make(models["served-llama"], "cuda", gpu_memory_utilization=0.25) as engine:
+            run(engine)
+            used = total - torch.cuda.mem_get_info()[0]
+        assert 0.8 * 0.25 * total < used < 0.25 * total + 256 * 2**20
+
+    def test_a_context_of_32_thousand_tokens(self, tmp_path):
+        import transformers
+
+        from tests.tiny_models import SHAPE
+
+        shape = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 64}
+        shape |= {"num_hidden_layers": 2, "max_position_embeddings": 33_000}
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**shape, initializer_range=0.2)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+        prompt = random_tokens(32_000, seed=9)
+        params = GREEDY.clone(max_tokens=8)
+        found = []
+        for kernels in ("cuda", "torch"):
+            with make(tmp_path, kernels, max_model_len=33_000) as engine:
+                found.append(run(engine, [prompt], params))
+        assert found[0] == found[1]
