@@ -1,10 +1,14 @@
-"""paged_attention_prefill: what its reference and its cost say, by hand."""
+"""paged_attention_prefill: its reference and its cost against the definition, and its compilation.
+
+(The kernel itself meets its reference wherever the whole op table is verified.)
+"""
 
 import pytest
 import torch
 
 from nbengine.kernels.op import Arguments, Case
 from nbengine.kernels.ops import paged_attention_prefill as prefill
+from nbengine.kernels.source import Source, instantiation
 
 CASES = list(prefill.cases())
 
@@ -55,3 +59,41 @@ def test_the_cost_counts_each_visible_pair_and_each_live_position_once() -> None
     cost = prefill.cost(case.make(torch.Generator()))
     assert cost.flops == 4 * 64 * 2 * (4 + 5 + 5 + 5)
     assert cost.bytes_moved == 2 * (2 * 4 * 2 * 64 + 2 * 7 * 64)
+
+
+@pytest.mark.parametrize("head_dim", prefill.HEAD_DIMS)
+@pytest.mark.parametrize("shared", [prefill.SM_80, prefill.SM_86, prefill.SM_90])
+def test_a_tile_fits_the_shared_memory(head_dim: int, shared: prefill.SharedMemory) -> None:
+    for dtype in (torch.float32, torch.float16):
+        tile = prefill.tiling(dtype, head_dim, shared)
+        assert tile.shared_bytes <= shared.block
+        assert tile.blocks_per_sm * (tile.shared_bytes + 1024) <= shared.multiprocessor
+
+
+@pytest.mark.parametrize("head_dim", prefill.HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("architecture", "shared"),
+    [
+        ("sm_80", prefill.SM_80),
+        ("sm_86", prefill.SM_86),
+        ("sm_89", prefill.SM_86),
+        ("sm_90", prefill.SM_90),
+    ],
+)
+def test_a_tile_stays_in_registers(
+    head_dim: int, architecture: str, shared: prefill.SharedMemory
+) -> None:
+    compiler = pytest.importorskip("nbengine.kernels.compiler")
+    tile = prefill.tiling(torch.bfloat16, head_dim, shared)
+    expression = instantiation(
+        "paged_attention_prefill",
+        (torch.bfloat16, head_dim, 7, 16, *tile.template_arguments, head_dim == 256, False),
+    )
+    try:
+        found = compiler.compile(
+            Source.of_op("paged_attention_prefill.cu"), expression, architecture
+        )
+    except compiler.ToolchainMissing as missing:
+        pytest.skip(str(missing))
+    assert found.warnings == ()
+    assert found.resources.spill_load_bytes <= 64  # a few addresses, and no part of a tile

@@ -114,7 +114,7 @@ class Tiling:
     keys: int
     """Keys in one step of the loop."""
     blocks_per_sm: int
-    """What the registers are limited for."""
+    """That the registers are to leave room for."""
     shared_bytes: int
 
     @property
@@ -128,28 +128,44 @@ class Tiling:
         return (self.warps, self.rows_per_warp, self.keys, self.blocks_per_sm)
 
 
-def tiling(dtype: torch.dtype, head_dim: int, shared_memory: int) -> Tiling:
-    """The shape of a tile for this head size, where a block may have `shared_memory` bytes."""
+def tiling(dtype: torch.dtype, head_dim: int, shared: SharedMemory) -> Tiling:
+    """The shape of a tile for this head size: the first that the device's shared memory holds."""
     if dtype == torch.float32:
-        warps, rows_per_warp, keys = 4, 4, 32
-        elements = (warps * rows_per_warp + keys * 2) * (head_dim + 4)
-        return Tiling(False, warps, rows_per_warp, keys, 1, elements * 4)
-    warps, rows_per_warp = (4, 32) if head_dim <= 128 else (4, 16)
-    for keys in (64, 32):
+        return Tiling(False, 4, 4, 32, 1, (4 * 4 + 32 * 2) * (head_dim + 4) * 4)
+    shapes = ((8, 16, 64, 1), (8, 16, 32, 1), (4, 16, 32, 1))
+    if head_dim <= 128:
+        # 32 rows a warp: their output and scores are 192 registers a thread at head_dim 128.
+        shapes = ((4, 32, 64, 2), (4, 32, 32, 2), (4, 32, 32, 1))
+    for warps, rows_per_warp, keys, blocks_per_sm in shapes:
         # The rows of Q, two stages of K and of V, each row with one pack of padding.
         needed = (warps * rows_per_warp + 4 * keys) * (head_dim + 8) * 2
-        if needed <= shared_memory:
+        if needed <= shared.block and blocks_per_sm * (needed + 1024) <= shared.multiprocessor:
             break
-    return Tiling(True, warps, rows_per_warp, keys, 2 if head_dim <= 128 else 1, needed)
+    return Tiling(True, warps, rows_per_warp, keys, blocks_per_sm, needed)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """Bytes that one block may ask for, and that a multiprocessor has for all of its blocks (each
+    takes 1,024 more than it asks for)."""
+
+    block: int
+    multiprocessor: int
+
+
+SM_80 = SharedMemory(163 * 1024, 164 * 1024)
+SM_86 = SharedMemory(99 * 1024, 100 * 1024)
+SM_90 = SharedMemory(227 * 1024, 228 * 1024)
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may ask for; the emulator has what sm_90 has."""
-    if device.type == "cpu":
-        return 227 * 1024
+def _shared_memory(device: torch.device) -> SharedMemory:
+    if device.type == "cpu":  # the emulator
+        return SM_90
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return SharedMemory(
+        properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+    )
 
 
 def reference(
