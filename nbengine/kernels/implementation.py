@@ -117,7 +117,13 @@ def _named(op: Op, name: str) -> Implementation:
             f"function, or one of {there}"
         )
     module, _, function = op.alternatives[name].partition(":")
-    call = getattr(importlib.import_module(module), function)
+    try:
+        call = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ImportError(
+            f"{op.name} as {name!r} needs a package that is not installed ({error}): "
+            f"pip install 'nbengine[{name}]'"
+        ) from error
     return Implementation(op, "Python", f"{name}: {module}", call)
 
 

@@ -110,4 +110,5 @@ OP = Op(
     tolerance=tolerance,
     cost=cost,
     bench_cases=bench_cases,
+    alternatives={"cute": "nbengine.kernels.cute.rms_norm:launch"},
 )
