@@ -34,13 +34,12 @@ __global__ void __launch_bounds__(kThreads)
   const int at = static_cast<int>(item % kPacks) * kPack;
 
   const T* row = gate_up + token * (2 * kSize) + at;
-  auto gates = nb::load_pack<T, kPack>(row);
-  const auto ups = nb::load_pack<T, kPack>(row + kSize);
+  float gates[kPack], ups[kPack];
+  nb::load_floats(gates, row);
+  nb::load_floats(ups, row + kSize);
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
-    const float gate = nb::to_float(gates.items[j]);
-    const float activated = gate / (1.0f + expf(-Activation::exponent(gate)));
-    gates.items[j] = nb::from_float<T>(activated * nb::to_float(ups.items[j]));
+    ups[j] *= __fdividef(gates[j], 1.0f + expf(-Activation::exponent(gates[j])));
   }
-  nb::store_pack(out + token * kSize + at, gates);
+  nb::store_floats(out + token * kSize + at, ups);
 }

@@ -40,21 +40,30 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_active = at < kHalf && head < num_q + 2 * num_kv;  // others join the reduction
   const bool is_value = head >= num_q + num_kv;
 
+  // All loads before the first use: at small batches this kernel is the time they take.
+  const nb::int64 position = positions[token], slot = slot_mapping[token];
   float low[kPack] = {}, high[kPack] = {};
+  float low_weight[kPack], high_weight[kPack];
+  nb::Angles<kPack> angles;
   if (is_active) {
     const T* source = qkv + token * qkv_stride + head * kHeadDim + at;
     nb::load_floats(low, source);
     nb::load_floats(high, source + kHalf);
+    if (!is_value) {
+      if constexpr (kNorm) {
+        nb::load_floats(low_weight, qk_weight + head * kHeadDim + at);
+        nb::load_floats(high_weight, qk_weight + head * kHeadDim + kHalf + at);
+      }
+      angles = nb::load_angles<kHeadDim, kPack>(table + position * (2 * kHeadDim), at);
+    }
   }
   if constexpr (kNorm) {
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kPack; ++j) sum += low[j] * low[j] + high[j] * high[j];
-    const float scale = rsqrtf(nb::warp_reduce<nb::Sum, kLanes>(sum, nb::Sum()) / kHeadDim + eps);
-    if (is_active && !is_value) {
-      float low_weight[kPack], high_weight[kPack];
-      nb::load_floats(low_weight, qk_weight + head * kHeadDim + at);
-      nb::load_floats(high_weight, qk_weight + head * kHeadDim + kHalf + at);
+    sum = nb::warp_reduce<nb::Sum, kLanes>(sum, nb::Sum());
+    const float scale = rsqrtf(sum * (1.0f / kHeadDim) + eps);
+    if (!is_value) {
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         low[j] *= scale * low_weight[j];
@@ -63,15 +72,12 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (!is_active) return;
-  if (!is_value) {
-    nb::rotate<kHeadDim>(low, high, table + positions[token] * (2 * kHeadDim), at);
-  }
+  if (!is_value) nb::rotate(low, high, angles);
 
   T* target;
   if (head < num_q) {
     target = q + (token * num_q + head) * kHeadDim;
   } else {
-    const nb::int64 slot = slot_mapping[token];
     if (slot < 0) return;
     const nb::int64 block = slot / kBlockSize, offset = slot % kBlockSize;
     T* cache = is_value ? v_cache : k_cache;

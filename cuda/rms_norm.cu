@@ -33,30 +33,26 @@ __global__ void __launch_bounds__(kLanes* kRows)
   out += token * out_stride + set * kSize;
   weight += set * kSize;
 
-  nb::Pack<T, kPack> packs[kPacksPerLane];
-  nb::Pack<float, kPack> weights[kPacksPerLane];
+  float values[kPacksPerLane][kPack], weights[kPacksPerLane][kPack];
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPacksPerLane; ++i) {
     const int at = (i * kLanes + lane) * kPack;
     if (at >= kSize || row >= num_rows) continue;  // and join the reduction below
-    packs[i] = nb::load_pack<T, kPack>(x + at);
-    weights[i] = nb::load_pack<float, kPack>(weight + at);
+    nb::load_floats(values[i], x + at);
+    nb::load_floats(weights[i], weight + at);
     if constexpr (kResidual) {
       T* kept = residual + token * kSize + at;
-      const auto before = nb::load_pack<T, kPack>(kept);
+      float before[kPack];
+      nb::load_floats(before, kept);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        packs[i].items[j] = nb::from_float<T>(nb::to_float(before.items[j]) +
-                                              nb::to_float(packs[i].items[j]));
+        values[i][j] = nb::to_float(nb::from_float<T>(before[j] + values[i][j]));
       }
-      nb::store_pack(kept, packs[i]);
+      nb::store_floats(kept, values[i]);
     }
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) {
-      const float value = nb::to_float(packs[i].items[j]);
-      sum += value * value;
-    }
+    for (int j = 0; j < kPack; ++j) sum += values[i][j] * values[i][j];
   }
   if constexpr (kLanes <= nb::kWarpSize) {
     sum = nb::warp_reduce<nb::Sum, kLanes>(sum, nb::Sum());
@@ -64,17 +60,14 @@ __global__ void __launch_bounds__(kLanes* kRows)
     __shared__ float partials[kLanes / nb::kWarpSize];
     sum = nb::block_reduce<kLanes>(sum, nb::Sum(), partials);
   }
-  const float scale = rsqrtf(sum / kSize + eps);
+  const float scale = rsqrtf(sum * (1.0f / kSize) + eps);
 
 #pragma unroll
   for (int i = 0; i < kPacksPerLane; ++i) {
     const int at = (i * kLanes + lane) * kPack;
     if (at >= kSize || row >= num_rows) continue;
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) {
-      packs[i].items[j] =
-          nb::from_float<T>(nb::to_float(packs[i].items[j]) * scale * weights[i].items[j]);
-    }
-    nb::store_pack(out + at, packs[i]);
+    for (int j = 0; j < kPack; ++j) values[i][j] *= scale * weights[i][j];
+    nb::store_floats(out + at, values[i]);
   }
 }

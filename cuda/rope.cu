@@ -28,10 +28,11 @@ __global__ void __launch_bounds__(kThreads)
   x += token * x_stride + head * kHeadDim + at;
   out += token * out_stride + head * kHeadDim + at;
 
+  const nb::int64 position = positions[token];
   float low[kPack], high[kPack];
   nb::load_floats(low, x);
   nb::load_floats(high, x + kHalf);
-  nb::rotate<kHeadDim>(low, high, table + positions[token] * (2 * kHeadDim), at);
+  nb::rotate(low, high, nb::load_angles<kHeadDim, kPack>(table + position * (2 * kHeadDim), at));
   nb::store_floats(out, low);
   nb::store_floats(out + kHalf, high);
 }

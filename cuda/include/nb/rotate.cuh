@@ -10,35 +10,30 @@
 
 namespace nb {
 
-// Turns N pairs (low[j], high[j]), the first of them pair `at`.
-template <int kHeadDim, typename Table, int N>
-__device__ __forceinline__ void rotate(float (&low)[N], float (&high)[N],
-                                       const Table* __restrict__ table_row, int at) {
-  const Pack<Table, N> cosines = load_pack<Table, N>(table_row + at);
-  const Pack<Table, N> sines = load_pack<Table, N>(table_row + kHeadDim + kHeadDim / 2 + at);
+// Of N neighbouring pairs.
+template <int N>
+struct Angles {
+  float cosines[N], sines[N];
+};
+
+// Those of the pairs from `at` on, by a position's row of the table.
+template <int kHeadDim, int N, typename Table>
+__device__ __forceinline__ Angles<N> load_angles(const Table* __restrict__ row, int at) {
+  Angles<N> angles;
+  load_floats(angles.cosines, row + at);
+  load_floats(angles.sines, row + kHeadDim + kHeadDim / 2 + at);
+  return angles;
+}
+
+// Turns the pairs (low[j], high[j]).
+template <int N>
+__device__ __forceinline__ void rotate(float (&low)[N], float (&high)[N], const Angles<N>& angles) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const float cosine = to_float(cosines.items[j]);
-    const float sine = to_float(sines.items[j]);
-    const float turned = low[j] * cosine - high[j] * sine;
-    high[j] = high[j] * cosine + low[j] * sine;
+    const float turned = low[j] * angles.cosines[j] - high[j] * angles.sines[j];
+    high[j] = high[j] * angles.cosines[j] + low[j] * angles.sines[j];
     low[j] = turned;
   }
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void load_floats(float (&values)[N], const T* source) {
-  const Pack<T, N> pack = load_pack<T, N>(source);
-#pragma unroll
-  for (int j = 0; j < N; ++j) values[j] = to_float(pack.items[j]);
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void store_floats(T* target, const float (&values)[N]) {
-  Pack<T, N> pack;
-#pragma unroll
-  for (int j = 0; j < N; ++j) pack.items[j] = from_float<T>(values[j]);
-  store_pack(target, pack);
 }
 
 }  // namespace nb

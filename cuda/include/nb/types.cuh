@@ -53,6 +53,65 @@ template <typename T, int N = 16 / sizeof(T)>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
   return *reinterpret_cast<const Pack<T, N>*>(source);
 }
+template <typename T, int N>
+__device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(target) = pack;
+}
+
+// Two elements as they lie in memory, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32 pair_from_floats(float first, float second);
+template <>
+__device__ __forceinline__ uint32 pair_from_floats<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32 pair_from_floats<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32*>(&pair);
+}
+
+// One 16-byte store to global memory. A compiler that sees through a pack may store its elements one
+// by one instead.
+__device__ __forceinline__ void store_words(uint32* target, const Pack<uint32, 4>& words) {
+#ifdef NB_EMULATOR
+  store_pack(target, words);
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(target), "r"(words.items[0]),
+               "r"(words.items[1]), "r"(words.items[2]), "r"(words.items[3])
+               : "memory");
+#endif
+}
+
+// Packs from and to global memory, as the floats that kernels compute with.
+template <typename T, int N>
+__device__ __forceinline__ void load_floats(float (&values)[N], const T* source) {
+  const Pack<T, N> pack = load_pack<T, N>(source);
+#pragma unroll
+  for (int j = 0; j < N; ++j) values[j] = to_float(pack.items[j]);
+}
+template <typename T, int N>
+__device__ __forceinline__ void store_floats(T* target, const float (&values)[N]) {
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    Pack<uint32, N / 2> pairs;
+#pragma unroll
+    for (int j = 0; j < N / 2; ++j) {
+      pairs.items[j] = pair_from_floats<T>(values[2 * j], values[2 * j + 1]);
+    }
+    if constexpr (N == 8) {
+      store_words(reinterpret_cast<uint32*>(target), pairs);
+    } else {
+      store_pack(reinterpret_cast<uint32*>(target), pairs);
+    }
+  } else {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int j = 0; j < N; ++j) pack.items[j] = from_float<T>(values[j]);
+    store_pack(target, pack);
+  }
+}
+
 // Like load_pack, for 16 bytes that no other thread reads and none writes during the launch: they
 // take no place in the L1 from what is shared.
 template <typename T>
@@ -66,10 +125,6 @@ __device__ __forceinline__ Pack<T> load_pack_once(const T* source) {
                : "l"(source));
   return *reinterpret_cast<const Pack<T>*>(&words);
 #endif
-}
-template <typename T, int N>
-__device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(target) = pack;
 }
 
 }  // namespace nb
