@@ -1,0 +1,269 @@
+"""From CUDA C to libraries for this machine's CPU, with the system's C++ compiler.
+
+Three things are compiled, each once, and kept in the user's cache directory under names that say
+what they were made from: the runtime library; the prelude (NVIDIA's half and bfloat16 headers, as a
+precompiled header); and for each kernel one library out of the source as it stands, between the
+prelude and an entry that unpacks its arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from nbengine.errors import NbengineError
+from nbengine.kernels.diagnostics import CompileError, parse_gcc
+from nbengine.kernels.program import MAX_SHARED_BYTES
+from nbengine.kernels.source import INCLUDE_ROOT, Source
+
+_HERE = Path(__file__).parent
+_INCLUDE = _HERE / "include"
+_RUNTIME = _HERE / "runtime"
+
+_COMMON: tuple[str, ...] = (
+    "-std=gnu++17",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-w",
+)
+if sys.platform != "darwin":
+    _COMMON = (*_COMMON, "-fno-gnu-unique")  # else two versions of a kernel would share variables
+_FAST = ("-O2", "-march=native", "-fno-math-errno")
+_CHECKED = (
+    "-O1",
+    "-g1",
+    "-fsanitize=thread",  # calls the runtime before every access to memory
+    "-fno-math-errno",
+)
+
+
+class NoCompiler(NbengineError, RuntimeError):
+    """The emulator needs a C++ compiler or NVIDIA's headers, and this machine has none."""
+
+
+def compile_kernel(source: Source, expression: str, checks: bool) -> Path:
+    """The library of one kernel. Raises `CompileError` and `NoCompiler`."""
+    text = _translation_unit(source, expression)
+    flags = (*_COMMON, *(_CHECKED if checks else _FAST))
+    headers = "".join(f"{path}\0{text}" for path, text in source.headers())
+    name = f"kernel-{_key(text, headers, str(source.folder), *flags)}.so"
+    include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *_nvidia_headers())]
+    if source.folder is not None:
+        include.append(f"-iquote{source.folder}")
+
+    def make(scratch: Path, target: Path) -> None:
+        unit, compiled = scratch / "kernel.cpp", str(scratch / "kernel.o")
+        unit.write_text(text)
+        try:
+            _run(
+                *flags, *include, "-include", str(_prelude(flags)), "-c", str(unit), "-o", compiled
+            )
+            _run(compiled, str(runtime()), "-shared", "-pthread", "-o", str(target))
+        except _Refused as refused:
+            title = f"{source.name}: {expression} does not compile for the emulator"
+            log = str(refused)
+            raise CompileError(title, parse_gcc(log), {source.name: source.text}, log) from None
+
+    return _made(name, make)
+
+
+@functools.cache
+def runtime() -> Path:
+    """The library that all kernels are linked to."""
+    sources = map(str, sorted(_RUNTIME.glob("*.cpp")))
+    flags = ("-std=gnu++17", "-O2", "-fPIC", "-shared", "-pthread")
+    return _made(
+        f"runtime-{_key(*flags)}.so",
+        lambda _, target: _run(*flags, *sources, "-o", str(target)),
+    )
+
+
+@functools.cache
+def _prelude(flags: tuple[str, ...]) -> Path:
+    """A header beside which its precompiled form lies."""
+    header = _cache() / f"prelude-{_key(*flags)}" / "prelude.h"
+    include = [f"-I{path}" for path in (_INCLUDE, *_nvidia_headers())]
+
+    def make_precompiled(scratch: Path, target: Path) -> None:
+        _run(*flags, *include, "-x", "c++-header", str(header), "-o", str(target))
+
+    _made(
+        f"{header.parent.name}/{header.name}",
+        lambda _, target: target.write_text('#include "nb_emulator.h"\n'),
+    )
+    _made(f"{header.parent.name}/{header.name}.gch", make_precompiled)
+    return header
+
+
+def _translation_unit(source: Source, expression: str) -> str:
+    name = source.name.replace("\\", "\\\\").replace('"', '\\"')
+    shared = dict.fromkeys(_DYNAMIC_SHARED.findall(_without_comments(source.text)))
+    storage = "".join(
+        f"alignas(1024) thread_local unsigned char nb_dynamic_shared_{i}[{MAX_SHARED_BYTES}] "
+        f'__asm__("{_prefix()}{symbol}");\n'
+        for i, symbol in enumerate(shared)
+    )
+    return (
+        f'#line 1 "{name}"\n{source.text}\n#line 1 "(the emulator\'s entry)"\n{storage}'
+        + _ENTRY.replace("KERNEL", expression).replace(
+            "DYNAMIC", "nb_dynamic_shared_0" if shared else "nullptr"
+        )
+    )
+
+
+_DYNAMIC_SHARED = re.compile(
+    r"\bextern\s+__shared__\s[^;{}()]*(?:\([^()]*\)[^;{}()]*)*?(\w+)\s*\[\s*\]"
+)
+
+_ENTRY = """
+#define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
+
+struct nb_argument {
+  long long integer;
+  double real;
+};
+
+template <typename P>
+__attribute__((no_sanitize("thread"))) P nb_unpacked(const nb_argument& argument) {
+  if constexpr (std::is_pointer_v<P>) {
+    return reinterpret_cast<P>(argument.integer);
+  } else if constexpr (std::is_integral_v<P> || std::is_enum_v<P>) {
+    return static_cast<P>(argument.integer);
+  } else {
+    return static_cast<P>(argument.real);
+  }
+}
+
+template <typename... P, size_t... i>
+__attribute__((no_sanitize("thread"))) void nb_call(void (*kernel)(P...),
+                                                    const nb_argument* arguments,
+                                                    std::index_sequence<i...>) {
+  kernel(nb_unpacked<std::remove_cv_t<P>>(arguments[i])...);
+}
+
+template <typename... P>
+__attribute__((no_sanitize("thread"))) void nb_call(void (*kernel)(P...), const void* arguments) {
+  nb_call(kernel, static_cast<const nb_argument*>(arguments), std::index_sequence_for<P...>());
+}
+
+NB_EXPORTED void nb_thread_main(const void* arguments) { nb_call(&KERNEL, arguments); }
+
+thread_local char nb_anchor;
+NB_EXPORTED char* nb_shared_anchor() { return &nb_anchor; }
+NB_EXPORTED char* nb_dynamic_shared() { return (char*)DYNAMIC; }
+"""
+
+
+def _without_comments(text: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
+
+
+def _prefix() -> str:
+    return "_" if sys.platform == "darwin" else ""
+
+
+@functools.cache
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (found := shutil.which(name)):
+            return found
+    install = {
+        "linux": "install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: "
+        "conda install gxx)",
+        "darwin": "run xcode-select --install",
+    }.get(sys.platform, "use Linux or macOS (on Windows: WSL) with g++ or clang++")
+    raise NoCompiler(
+        "the emulator compiles kernels with the system's C++ compiler, and there is no g++, clang++, "
+        f"c++ or $CXX on the PATH: {install}"
+    )
+
+
+@functools.cache
+def _nvidia_headers() -> tuple[Path, ...]:
+    """Folders with cuda_fp16.h and nv/target."""
+    roots = [Path(sysconfig.get_paths()[kind]) / "nvidia" for kind in ("purelib", "platlib")]
+    candidates = [folder for root in roots for folder in sorted(root.glob("*/include"))[::-1]]
+    installed = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    candidates += [Path(root) / "include" for root in installed if root]
+    found = []
+    for header in ("cuda_fp16.h", "nv/target"):
+        folder = next(
+            (
+                place
+                for candidate in candidates
+                for place in (candidate, candidate / "cccl")
+                if (place / header).is_file()
+            ),
+            None,
+        )
+        if folder is None:
+            raise NoCompiler(
+                f"the emulator needs NVIDIA's {header}: pip install nvidia-cuda-runtime "
+                "nvidia-cuda-cccl (headers; no GPU or driver is needed)"
+            )
+        found.append(folder)
+    return tuple(dict.fromkeys(found))
+
+
+@functools.cache
+def _made_from() -> str:
+    """What every library depends on: our headers and sources, the compiler, the processor."""
+    digest = hashlib.sha256()
+    for folder in (_HERE, INCLUDE_ROOT):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cpp", ".cuh", ".py"):
+                digest.update(path.name.encode() + path.read_bytes())
+    for folder in _nvidia_headers():
+        digest.update(str(folder).encode())
+    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True)
+    digest.update(f"{_compiler()} {version.stdout} {platform.machine()}".encode())
+    info = Path("/proc/cpuinfo")  # what -march=native means
+    if info.exists():
+        lines = info.read_text(errors="replace").splitlines()
+        digest.update(
+            "".join(sorted({x for x in lines if x.startswith(("flags", "Feat"))})).encode()
+        )
+    return digest.hexdigest()
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join((_made_from(), *parts)).encode()).hexdigest()[:20]
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "nbengine" / "emulator"
+
+
+class _Refused(Exception):
+    """What the compiler said."""
+
+
+def _run(*arguments: str) -> None:
+    done = subprocess.run([_compiler(), *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise _Refused(done.stderr)
+
+
+def _made(name: str, make: Callable[[Path, Path], object]) -> Path:
+    """The file of this name in the cache, made there first if it is missing."""
+    target = _cache() / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
+            made = Path(scratch) / target.name
+            make(Path(scratch), made)
+            made.replace(target)  # whole or not at all, whoever else makes it
+    return target

@@ -1,0 +1,61 @@
+// The prelude of every emulated kernel: CUDA C's words for the system's C++ compiler.
+//
+// Included before the kernel's own text, which is compiled as it stands. NVIDIA's headers bring the
+// half, bfloat16 and vector types.
+
+#pragma once
+
+#define NB_EMULATOR 1
+
+#include "nb_emulator_keywords.h"
+
+#include <math.h>
+
+#include <cfloat>
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "nb_emulator_runtime.h"
+
+#include <vector_types.h>
+
+#include <cuda_fp16.h>
+
+#include <cuda_bf16.h>
+
+constexpr int warpSize = 32;
+
+#include "nb_emulator_warp.h"
+
+#include "nb_emulator_atomic.h"
+
+#include "nb_emulator_math.h"
+
+namespace nb_emulator {
+inline uint3 as_uint3(Index index) { return uint3{index.x, index.y, index.z}; }
+inline dim3 as_dim3(Index index) { return dim3(index.x, index.y, index.z); }
+}  // namespace nb_emulator
+
+#define threadIdx (::nb_emulator::as_uint3(::nb_emulator::thread_index()))
+#define blockIdx (::nb_emulator::as_uint3(::nb_emulator::block_index()))
+#define blockDim (::nb_emulator::as_dim3(::nb_emulator::block_size()))
+#define gridDim (::nb_emulator::as_dim3(::nb_emulator::grid_size()))
+
+inline long long clock64() { return nb_emulator::nanoseconds(); }
+inline void __nanosleep(unsigned) {}
+inline void __trap(NB_CALLER) { nb_emulator::blame("trap", NB_HERE, "__trap() was called"); }
+#define __builtin_assume(condition) ((void)0)
+#define __assume(condition) ((void)0)
+
+#define printf(...) ::nb_emulator::print(__VA_ARGS__)
+#undef assert
+#define assert(condition)                                                        \
+  ((condition) ? (void)0                                                         \
+               : ::nb_emulator::blame("assertion", {__FILE__, __LINE__}, "assert(%s) failed", \
+                                      #condition))
+// PTX has no meaning here: wrap it in a header with a second implementation, as nb/mma.cuh does.
+#define asm NB_EMULATOR_CANNOT_RUN_INLINE_PTX

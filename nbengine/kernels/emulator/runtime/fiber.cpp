@@ -1,0 +1,120 @@
+#include "fiber.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <new>
+
+#ifndef MAP_NORESERVE
+#define MAP_NORESERVE 0
+#endif
+
+namespace nb_emulator {
+
+Fiber::Fiber(void (*entry)()) : entry_(entry) {
+  const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  void* mapped = mmap(nullptr, kStackBytes + guard, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  mprotect(mapped, guard, PROT_NONE);
+  stack_ = static_cast<char*>(mapped) + guard;
+  reset();
+}
+
+Fiber::~Fiber() {
+  const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  munmap(stack_ - guard, kStackBytes + guard);
+}
+
+#if defined(__APPLE__)
+#define NB_SYMBOL "_nb_emulator_switch"
+#define NB_TYPE
+#else
+#define NB_SYMBOL "nb_emulator_switch"
+#define NB_TYPE ".type " NB_SYMBOL ", %function\n"
+#endif
+
+#if defined(__x86_64__)
+
+// From the top: rounding modes, six registers, the address to return to.
+void Fiber::reset() {
+  auto* top = reinterpret_cast<uint64_t*>(stack_ + kStackBytes) - 3;
+  *top = 0;  // where the entry would return to; as after a call, 8 above a multiple of 16
+  *--top = reinterpret_cast<uint64_t>(entry_);
+  for (int i = 0; i < 6; ++i) *--top = 0;
+  uint32_t sse;
+  uint16_t x87;
+  __asm__ volatile("stmxcsr %0\n\tfnstcw %1" : "=m"(sse), "=m"(x87));
+  *--top = sse | static_cast<uint64_t>(x87) << 32;
+  saved = top;
+}
+
+__asm__(".text\n.globl " NB_SYMBOL "\n" NB_TYPE NB_SYMBOL ":\n" R"(
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  subq $8, %rsp
+  stmxcsr (%rsp)
+  fnstcw 4(%rsp)
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  ldmxcsr (%rsp)
+  fldcw 4(%rsp)
+  addq $8, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+#elif defined(__aarch64__)
+
+// x19 to x30 and d8 to d15: 20 registers.
+void Fiber::reset() {
+  auto* top = reinterpret_cast<uint64_t*>(stack_ + kStackBytes) - 20;
+  for (int i = 0; i < 20; ++i) top[i] = 0;
+  top[11] = reinterpret_cast<uint64_t>(entry_);  // x30, the address to return to
+  saved = top;
+}
+
+__asm__(".text\n.globl " NB_SYMBOL "\n.p2align 2\n" NB_TYPE NB_SYMBOL ":\n" R"(
+  sub sp, sp, #160
+  stp x19, x20, [sp, #0]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #0]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+)");
+
+#else
+#error "the emulator switches fibers on x86-64 and aarch64"
+#endif
+
+}  // namespace nb_emulator

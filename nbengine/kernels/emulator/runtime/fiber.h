@@ -1,0 +1,35 @@
+// Fibers: stacks of their own that hand the processor to each other without the operating system.
+//
+// A switch saves what the calling convention lets a function expect to keep (callee-saved registers,
+// the rounding modes) and nothing else. A fiber stays on the operating system's thread that first ran
+// it, so that thread-local addresses keep their meaning.
+
+#pragma once
+
+#include <cstddef>
+
+namespace nb_emulator {
+
+class Fiber {
+ public:
+  explicit Fiber(void (*entry)());
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+
+  // Forget what ran here: the next switch calls the entry anew.
+  void reset();
+
+  char* stack() const { return stack_; }
+  static constexpr size_t kStackBytes = 256 << 10;  // of address space; pages come when touched
+
+  void* saved = nullptr;
+
+ private:
+  void (*entry_)();
+  char* stack_;
+};
+
+// Leaves the running stack, kept in `*saved`, for the one in `next`.
+extern "C" void nb_emulator_switch(void** saved, void* next);
+
+}  // namespace nb_emulator
