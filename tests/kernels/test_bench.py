@@ -3,6 +3,7 @@ GPU, one small measurement of each."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from nbengine.kernels.op import Cost
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.roofline import Roofline
 from nbengine.kernels.timing import duration, num_sets, time_alternately
+from tests.gpu import needs_gpu
 
 MIB = 1 << 20
 GPU = Roofline("A GPU", "580.1", 4e12, 3.5e12, 800e12, "read_bandwidth<512, 8>")
@@ -116,7 +118,7 @@ def test_a_stored_roofline_is_read_and_a_broken_one_is_not(tmp_path, monkeypatch
     assert roofline(refresh=True) == GPU and len(measured) == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a GPU, and there is none")
+@needs_gpu
 def test_a_small_norm_is_measured_in_turns_with_the_reference():
     case = next(iter(OPS["rms_norm"].cases()))
     result = bench("rms_norm", "reference", [case])
@@ -124,3 +126,69 @@ def test_a_small_norm_is_measured_in_turns_with_the_reference():
     assert row.num_sets > 1 and row.timing.median_s > 0
     assert row.current is not None and row.current.median_s > 0
     assert 0 < row.of_roofline < 1.2
+
+
+class FakeGpu:
+    """Takes the place of torch.cuda's streams, graphs and events: a call lasts 50 µs."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls, self.seen = 0.0, 0, set()
+        gpu = self
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                pass
+
+            def synchronize(self):
+                pass
+
+        class Graph:
+            def replay(self):
+                gpu.now += 50e-6 * self.num_calls
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        @contextlib.contextmanager
+        def graph(graph, stream, capture_error_mode):
+            before = gpu.calls
+            yield
+            graph.num_calls = gpu.calls - before
+
+        for name, fake in {
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "Event": Event,
+            "graph": graph,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "device": lambda device: contextlib.nullcontext(),
+            "current_stream": lambda device: Stream(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call(self, index):
+        self.calls += 1
+        self.seen.add(index)
+
+
+def test_a_graph_makes_whole_passes_over_the_sets_for_a_millisecond(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    replay = timing.Replay(gpu.call, [{"index": i} for i in range(6)], torch.device("cuda", 0))
+    assert gpu.seen == set(range(6))
+    assert replay.num_calls == 24, "20 calls of 50 µs, in whole passes over 6 sets"
+    assert replay.seconds() == pytest.approx(50e-6)
+    (timed,) = time_alternately([replay])
+    assert timed.median_s == pytest.approx(50e-6)

@@ -9,11 +9,11 @@ import torch
 
 from nbengine.kernels.lab import bench, verify
 from nbengine.kernels.ops import OPS
+from tests.gpu import needs_gpu
 
 needs_cutlass = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None, reason="needs nvidia-cutlass-dsl (the extra cute)"
 )
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cutlass") is not None, reason="it is installed")

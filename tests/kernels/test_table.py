@@ -107,6 +107,28 @@ def test_an_implementation_that_fails_on_a_live_call_alone_is_refused(kernels):
     assert kernels.version == 0
 
 
+def test_an_output_that_was_right_before_the_call_must_be_written_all_the_same(kernels):
+    def lazy(**arguments):
+        if arguments["x"].shape != (2, 64):
+            OPS["rms_norm"].reference(**arguments)
+
+    x, residual = torch.randn(2, 64), torch.randn(2, 64)
+    given = {"x": x, "weight": torch.ones(64), "eps": 1e-5}
+    out = call(kernels, x)
+    recording = kernels.record("rms_norm")
+    kernels.rms_norm(out=out, **given)
+    assert torch.equal(recording.calls[0]["out"], out)
+    with pytest.raises(Mismatch, match=r"live call 0: out\[0, 0\] is nan"):
+        kernels.swap("rms_norm", lazy, live_arguments=recording.calls)
+
+    # What a call reads before it writes is left as it was.
+    recording = kernels.record("rms_norm")
+    kernels.rms_norm(out=out, **given, residual=residual)
+    with pytest.raises(Mismatch, match=r"live call 0: out\[0, 0\] is nan"):
+        kernels.swap("rms_norm", lazy, live_arguments=recording.calls)
+    kernels.swap("rms_norm", same, live_arguments=recording.calls)
+
+
 def test_recording_keeps_the_arguments_as_they_were_before_the_call(kernels):
     recording = kernels.record("rms_norm", num_calls=2)
     x = torch.randn(2, 64)
