@@ -30,7 +30,7 @@ test:  ## everything that must hold: lint, types, tests, 2,000 simulated lives, 
 	@$(PYTEST)
 
 lab:  ## JupyterLab on notebooks/
-	$(SET_UP) --extras notebook
+	$(SET_UP) --extras notebook,cuda
 	@$(RUN) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 docs:  ## the documentation's site, into build/docs

@@ -248,6 +248,9 @@ def _text(nvrtc: Any, what: str, program: Any) -> str:
 # --- What NVRTC says of lines that the user did not write ------------------------------------------
 
 
+_HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
+
+
 def _located(
     remarks: Iterable[Diagnostic], source: Source, expression: str
 ) -> tuple[Diagnostic, ...]:
@@ -262,7 +265,12 @@ def _located(
             kept.append(remark)
         elif not remark.message.startswith("Error in parsing name expression"):
             message = f"{expression}: {remark.message}"
-            kept.append(Diagnostic(source.name, line, None, remark.severity, message))
+            notes = tuple(
+                f"the source needs: #include <{header}>"
+                for type_name, header in _HEADERS.items()
+                if f'"{type_name}" is undefined' in message
+            )
+            kept.append(Diagnostic(source.name, line, None, remark.severity, message, notes))
     return tuple(kept)
 
 
@@ -348,21 +356,19 @@ def _write(path: Path, cubin: Cubin) -> None:
     checksum = hashlib.sha256(header + code + ptx).hexdigest().encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(b"\n".join((checksum, header, code + ptx)))
-        Path(file.name).replace(path)  # whole or not at all, whoever else writes it
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            whole = Path(scratch) / path.name
+            whole.write_bytes(b"\n".join((checksum, header, code + ptx)))
+            whole.replace(path)  # whole or not at all, whoever else writes it
         _keep_bounded(path.parent)
     except OSError as error:
         _log.warning("compiled kernels can't be kept in %s: %s", path.parent, error)
 
 
 def _keep_bounded(folder: Path) -> None:
-    entries = sorted(
-        ((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder)),
-        reverse=True,
-    )
+    entries = [(entry.stat(), entry) for entry in folder.glob("*.cubin")]
     total = 0
-    for _, size, path in entries:
-        total += size
+    for status, entry in sorted(entries, key=lambda pair: pair[0].st_mtime, reverse=True):
+        total += status.st_size
         if total > CACHE_BYTES:
-            Path(path).unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)

@@ -135,7 +135,8 @@ def parse_nvrtc(log: str) -> tuple[Diagnostic, ...]:
 
 def parse_gcc(log: str) -> tuple[Diagnostic, ...]:
     """g++'s and clang's log: `file:line:column: error: words`; `In instantiation of` and `required
-    from` lines come before the remark that they explain."""
+    from` lines come before the remark that they explain. Give g++ the option
+    `-fdiagnostics-column-unit=byte`: its own columns take a tab for eight."""
     found: list[Diagnostic] = []
     context: list[str] = []
     for line in log.splitlines():
@@ -152,7 +153,8 @@ def parse_gcc(log: str) -> tuple[Diagnostic, ...]:
             )
             context = []
         elif match := _GCC_CONTEXT.match(line):
-            context.append(match["message"])
+            at = f" at {match['place']}" if match["place"][-1].isdigit() else ""
+            context.append(match["message"].rstrip(":") + at)
     return _with_notes(found)
 
 
@@ -170,7 +172,7 @@ _GCC = re.compile(
     rf"(?P<file>[^\s:][^:\n]*):(?P<line>\d+):(?:(?P<column>\d+):)? {_SEVERITY}: (?P<message>.*)"
 )
 _GCC_CONTEXT = re.compile(
-    r"[^:\n]+(?::\d+)*:\s+(?P<message>(?:In instantiation|required from|in ).*)"
+    r"(?P<place>[^:\n]+(?::\d+)*):\s+(?P<message>(?:In instantiation|required from|in ).*)"
 )
 
 

@@ -20,7 +20,7 @@ from nbengine.errors import NbengineError
 from nbengine.kernels import compiler
 from nbengine.kernels.program import Kernel, Launch, Program
 from nbengine.kernels.report import KernelReport
-from nbengine.kernels.source import SCALARS, Parameter, Source
+from nbengine.kernels.source import SCALARS, Source
 
 _WITHOUT_ASKING = 48 * 1024
 """Bytes of shared memory that a kernel may have unless an attribute of it allows more."""
@@ -147,7 +147,10 @@ class CudaKernel(Kernel):
         self.max_shared_bytes = driver.max_shared_bytes(self._index) - static_bytes
         self._allowed_bytes = _WITHOUT_ASKING - static_bytes
         self._driver_launch, self._stream = driver.launch, driver.stream
-        self._packed = _Packed(self.parameters, driver, self._index)
+        formats = ["P" if p.is_pointer else SCALARS[p.c_type] for p in self.parameters]
+        self._pointers_at = [at for at, p in enumerate(self.parameters) if p.is_pointer]
+        self._pack_into = struct.Struct("@" + "".join(formats)).pack_into  # aligned as in C
+        self._packed = _Packed(formats, driver, self._index)
 
     @property
     def ptx(self) -> str:
@@ -177,15 +180,15 @@ class CudaKernel(Kernel):
         if self.program.driver.current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.launch(grid, block, shared_bytes, arguments)
-        packed = self._packed
-        packed.pack_into(
-            packed.values,
-            0,
-            *[a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments],
-        )
+        values = list(arguments)
+        for at in self._pointers_at:
+            tensor = values[at]
+            values[at] = 0 if tensor is None else tensor.data_ptr()
+        packed, address = self._packed.here
+        self._pack_into(packed, 0, *values)
         stream = self._stream(self._index)
         (status,) = self._driver_launch(
-            self._function, *grid, *block, shared_bytes, stream, packed.address, 0
+            self._function, *grid, *block, shared_bytes, stream, address, 0
         )
         if status == 0 and self.program.debug:
             status = self.program.driver.finish(stream)
@@ -201,15 +204,12 @@ class _Packed(threading.local):
     """The arguments of one launch as the driver reads them: values, and pointers to these. Each
     thread has its own, and is given the device's context with it."""
 
-    def __init__(self, parameters: tuple[Parameter, ...], driver: Driver, index: int) -> None:
+    def __init__(self, formats: list[str], driver: Driver, index: int) -> None:
         driver.enter(index)
-        formats = ["P" if p.is_pointer else SCALARS[p.c_type] for p in parameters]
-        layout = struct.Struct("@" + "".join(formats))  # @: aligned as C aligns them
-        self.pack_into = layout.pack_into
-        self.values = ctypes.create_string_buffer(max(1, layout.size))
-        start = ctypes.addressof(self.values)
         ends = [struct.calcsize("@" + "".join(formats[: n + 1])) for n in range(len(formats))]
-        self.pointers = (ctypes.c_void_p * len(formats))(
+        values = ctypes.create_string_buffer(max([1, *ends]))
+        start = ctypes.addressof(values)
+        self._pointers = (ctypes.c_void_p * len(formats))(
             *(start + end - struct.calcsize(f) for end, f in zip(ends, formats, strict=True))
         )
-        self.address = ctypes.addressof(self.pointers)
+        self.here = values, ctypes.addressof(self._pointers)

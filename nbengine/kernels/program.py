@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from math import inf, isfinite
+from math import inf
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nbengine.errors import NbengineError, shown
 from nbengine.kernels.source import (
@@ -116,10 +117,12 @@ class Kernel(ABC):
                 f"{self.name} takes {len(self.parameters)} arguments ({names}), not "
                 f"{len(arguments)}"
             )
-        for index, (check, argument) in enumerate(zip(self._checks, arguments, strict=True)):
+        for check, argument, parameter in zip(
+            self._checks, arguments, self.parameters, strict=True
+        ):
             problem = check(argument)
             if problem is not None:
-                raise LaunchError(f"{self.name}: {self.parameters[index].name} {problem}")
+                raise LaunchError(f"{self.name}: {parameter.name} {problem}")
 
     def _launch(self, config: Any) -> Launch:
         if not isinstance(config, tuple) or not 2 <= len(config) <= 3:
@@ -209,7 +212,7 @@ def _check(parameter: Parameter, device: torch.device) -> Check:
         return _integer_check(parameter.c_type, *_INTEGERS[parameter.c_type])
     if parameter.c_type == "bool":
         return lambda argument: (
-            None if isinstance(argument, bool) else f"is a bool, not {_described(argument)}"
+            None if isinstance(argument, bool) else f"is of type bool, not {_described(argument)}"
         )
     return _float_check(parameter.c_type, 3.4028235e38 if parameter.c_type == "float" else inf)
 
@@ -217,10 +220,10 @@ def _check(parameter: Parameter, device: torch.device) -> Check:
 def _float_check(c_type: str, largest: float) -> Check:
     def check(argument: Any) -> str | None:
         if not isinstance(argument, int | float):
-            return f"is a {c_type}, not {_described(argument)}"
-        if -largest <= argument <= largest or not isfinite(argument):
+            return f"is of type {c_type}, not {_described(argument)}"
+        if -largest <= argument <= largest or argument != argument or argument in (inf, -inf):
             return None
-        return f"is a {c_type}, which holds up to {largest:.3g}, not {shown(argument)}"
+        return f"is of type {c_type}, which holds up to {largest:.3g}, not {shown(argument)}"
 
     return check
 
@@ -228,10 +231,10 @@ def _float_check(c_type: str, largest: float) -> Check:
 def _integer_check(c_type: str, smallest: int, largest: int) -> Check:
     def check(argument: Any) -> str | None:
         if not isinstance(argument, int):
-            return f"is a {c_type}, not {_described(argument)}"
+            return f"is of type {c_type}, not {_described(argument)}"
         if smallest <= argument <= largest:
             return None
-        return f"is a {c_type}, which holds {smallest:,} to {largest:,}, not {argument:,}"
+        return f"is of type {c_type}, which holds {smallest:,} to {largest:,}, not {argument:,}"
 
     return check
 
@@ -240,23 +243,22 @@ def _pointer_check(c_type: str, device: torch.device) -> Check:
     pointee = c_type.removesuffix("*")
     dtypes = (torch.int64, torch.uint64) if pointee.endswith("*") else POINTEES.get(pointee)
 
+    # The cheapest form of each question first: this runs for every tensor of every launch.
     def check(argument: Any) -> str | None:
         if argument is None:
             return None
-        if not isinstance(argument, torch.Tensor):
-            return f"is a {c_type}: give a tensor or None, not {_described(argument)}"
+        if type(argument) is not Tensor and not isinstance(argument, Tensor):
+            return f"is of type {c_type}: give a tensor or None, not {_described(argument)}"
         if dtypes is not None and argument.dtype not in dtypes:
             return f"points to {pointee}, and the tensor holds {argument.dtype}"
         if argument.device != device and not argument.is_pinned():
             return f"must be on {device}, and the tensor is on {argument.device}"
-        if argument.is_contiguous():
-            return None
-        return _layout_problem(argument)
+        return None if argument.is_contiguous() else _layout_problem(argument)
 
     return check
 
 
-def _layout_problem(tensor: torch.Tensor) -> str | None:
+def _layout_problem(tensor: Tensor) -> str | None:
     shape, stride = tuple(tensor.shape), tensor.stride()
     if shape[-1] > 1 and stride[-1] != 1:
         return (

@@ -213,7 +213,7 @@ def _bounds(
     taken = -(-(shared + limits.reserved_bytes) // 128) * 128
     fitting = limits.shared_bytes // taken if taken else limits.blocks
     return {
-        "warps": limits.warps // warps,
+        "warps": limits.warps // warps if block_threads <= resources.max_threads else 0,
         "registers": _warps_by_registers(resources.registers) // warps,
         "shared memory": fitting if shared <= limits.block_shared_bytes else 0,
         "blocks": limits.blocks,

@@ -158,7 +158,7 @@ def test_shared_memory_beyond_the_device_and_blocks_beyond_the_kernel_are_refuse
     kernel = kernel_on(RecordingDriver(), "block_sum")
     with pytest.raises(LaunchError, match=r"100001 bytes .* 0 to 100,000"):
         kernel[1, 8, 100_001]
-    with pytest.raises(LaunchError, match="513 threads.* at most 512"):
+    with pytest.raises(LaunchError, match=r"513 threads.* at most 512"):
         kernel[1, 513]
 
 

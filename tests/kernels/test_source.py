@@ -1,0 +1,107 @@
+"""What is read off a kernel's declaration, however it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nbengine.kernels import CompileError, Source
+from nbengine.kernels.source import Parameter, instantiation, parameters
+
+
+def types(text: str, expression: str) -> list[str]:
+    return [f"{p.c_type} {p.name}" for p in parameters(Source(text, "t.cu"), expression)]
+
+
+def test_template_arguments_are_put_in_and_qualifiers_taken_out() -> None:
+    text = """
+    template <typename T, int kSize = 3, bool kLast = (kSize > 2)>
+    __global__ void f(T* out, const T* __restrict__ x, T const* const y, const nb::int64 n,
+                      unsigned flags, const float scale, int64_t stride, void* scratch) {}
+    """
+    assert types(text, "f<__half>") == [
+        "__half* out",
+        "__half* x",
+        "__half* y",
+        "long long n",
+        "unsigned int flags",
+        "float scale",
+        "long long stride",
+        "void* scratch",
+    ]
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [
+        "__global__ void f(float* x)",
+        "static __global__ void f(float* x)",
+        "__global__ static void f(float* x)",
+        'extern "C" __global__ void f(float* x)',
+        'extern "C" { __global__ void f(float* x)',
+        "__global__ void __launch_bounds__(256) f(float* x)",
+        "__global__ __launch_bounds__(256, 2) void f(float* x)",
+        "__global__ void __launch_bounds__(kA * (kB + 1)) f(float* x)",
+        "template <int kA, int kB> void __global__ f(float* x)",
+        "[[maybe_unused]] __global__ void f(float x[])",
+        "__global__ void f(/* the, data */ float* x  // (in place)\n)",
+        "__global__ void f(float *__restrict__ x = nullptr)",
+        "#define TEXT \"__global__ void f(int a, int b)\"\n__global__ void f(float* x)",
+        "// __global__ void f(int a)\n__global__ void f(float* x)",
+        "namespace mine { __global__ void f(float* x)",
+    ],
+)  # fmt: skip
+def test_a_kernel_is_found_however_it_is_declared(declaration: str) -> None:
+    expression = "f<1, 2>" if "template" in declaration else "f"
+    expression = "mine::f" if "namespace" in declaration else expression
+    assert types(declaration + " {}", expression) == ["float* x"]
+
+
+def test_structs_behind_pointers_keep_their_names_with_their_arguments() -> None:
+    text = "template <typename T, int N> __global__ void f(nb::Pack<T, N>* x, T** rows) {}"
+    assert types(text, "f<float, 4>") == ["nb::Pack<float, 4>* x", "float** rows"]
+
+
+def test_a_kernel_of_an_included_header_is_found(tmp_path: Path) -> None:
+    (tmp_path / "kernels.cuh").write_text('#include "more.cuh"\n__global__ void f(int n) {}')
+    (tmp_path / "more.cuh").write_text("__global__ void g(float a) {}")
+    (tmp_path / "main.cu").write_text('#include "kernels.cuh"\n')
+    source = Source.read(tmp_path / "main.cu")
+    assert parameters(source, "f") == (Parameter("n", "int"),)
+    assert parameters(source, "g") == (Parameter("a", "float"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "expression", "told"),
+    [
+        ("__global__ void f(int n) {}\n__global__ void g() {}", "h", "it has: f, g"),
+        ("void f(int n) {}", "f", "it has: none"),
+        ("template <typename T, int N>\n__global__ void f(T* x) {}", "f<float>", "t.cu:2:17: error"),
+        ("template <typename T>\n__global__ void f(T* x) {}", "f<float, 2>", "f has 1 template"),
+        ("struct S {};\n__global__ void f(int n,\n S s) {}", "f", "t.cu:3:2: error: s is a S by value"),
+        ("__global__ void f(int) {}", "f", "write a type and a name"),
+        ("__global__ void f(unsigned int) {}", "f", "write a type and a name"),
+        ("__global__ void f(void (*call)(int)) {}", "f", "write a type and a name"),
+        ("__global__ void f(float& x) {}", "f", "x is a float& by value"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_read_is_refused_at_its_line(text: str, expression: str, told: str) -> None:
+    with pytest.raises(CompileError) as refused:
+        parameters(Source(text, "t.cu"), expression)
+    assert told in str(refused.value)
+
+
+def test_python_values_are_spelled_as_template_arguments() -> None:
+    arguments = (torch.bfloat16, 576, True, "Activation::kSilu")
+    assert instantiation("f", arguments) == "f<__nv_bfloat16, 576, true, Activation::kSilu>"
+    assert instantiation("f", ()) == "f"
+
+
+def test_headers_are_followed_in_the_own_folder_and_each_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.cuh").write_text('#include "b.cuh"\n#include "a.cuh"\n#include <absent.h>\n')
+    (tmp_path / "b.cuh").write_text('  #  include "a.cuh"\n#include "nb/types.cuh"\n')
+    (tmp_path / "main.cu").write_text('#include "a.cuh"\n#include "b.cuh"\n')
+    names = [path.name for path, _ in Source.read(tmp_path / "main.cu").headers()]
+    assert sorted(names) == ["a.cuh", "b.cuh", "types.cuh"]
