@@ -46,7 +46,7 @@ class Implementation:
 
     op: Op
     language: str
-    """CUDA C, CUDA C (emulated), torch, or Python."""
+    """"CUDA C", "CUDA C, emulated", "torch" or "Python"."""
     origin: str
     """Its file, or the function's name."""
     call: Callable[..., None] = field(repr=False)
@@ -135,9 +135,9 @@ def program(
         from nbengine.kernels.launcher import CudaProgram
 
         return CudaProgram(source, device)
-    emulator = importlib.import_module("nbengine.kernels.emulator")
-    emulated: Program = emulator.EmulatedProgram(source, checks=checks)
-    return emulated
+    from nbengine.kernels.emulator import EmulatedProgram
+
+    return EmulatedProgram(source, checks=checks)
 
 
 def _launching(op: Op, compiled: Program) -> Callable[..., None]:
@@ -145,7 +145,7 @@ def _launching(op: Op, compiled: Program) -> Callable[..., None]:
 
 
 def _language(backend: Backend) -> str:
-    return "CUDA C" if backend == "cuda" else "CUDA C (emulated)"
+    return "CUDA C" if backend == "cuda" else "CUDA C, emulated"
 
 
 def _shown(name: str) -> str:

@@ -9,6 +9,7 @@ from nbengine.kernels.implementation import UnknownOp
 from nbengine.kernels.lab import Mismatch, verify
 from nbengine.kernels.op import Case
 from nbengine.kernels.ops import OPS
+from nbengine.kernels.source import Source
 
 RMS_NORM = OPS["rms_norm"]
 
@@ -104,3 +105,27 @@ def test_unknown_names_are_answered_with_the_known_ones():
         verify("rms", right, device="cpu")
     with pytest.raises(ValueError, match=r"no implementation 'fast': .* reference"):
         verify("rms_norm", "fast", device="cpu")
+
+
+SCALED = """
+template <typename T, int kSize, int kLanes, int kRows, bool kResidual>
+__global__ void rms_norm(T* out, const T* x, T* residual, const float* weight, int num_rows,
+                         int num_sets, long long x_stride, long long out_stride, float eps) {
+  if (threadIdx.x == 0 && blockIdx.x == 0) out[0] = x[0];
+}
+"""
+
+
+def test_cuda_c_is_given_as_text_path_or_source_and_emulated_without_a_gpu(tmp_path):
+    (tmp_path / "mine.cu").write_text(SCALED)
+    given = (SCALED, tmp_path / "mine.cu", str(tmp_path / "mine.cu"), Source(SCALED, "a cell"))
+    for what in given:
+        with pytest.raises(Mismatch, match=r"rms_norm strided: out\[0, 0\]"):
+            verify("rms_norm", what, [strided_case()], device="cpu")
+
+
+def test_the_ops_own_source_is_what_runs_when_nothing_else_is_given():
+    result = verify("rms_norm", None, list(RMS_NORM.cases())[:1], device="cpu")
+    assert "cuda/rms_norm.cu (CUDA C, emulated)" in str(result)
+    with pytest.raises(FileNotFoundError):
+        verify("rms_norm", "no_such.cu", device="cpu")
