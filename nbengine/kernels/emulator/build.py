@@ -110,9 +110,12 @@ def _prelude(flags: tuple[str, ...]) -> Path:
 def _translation_unit(source: Source, expression: str) -> str:
     name = source.name.replace("\\", "\\\\").replace('"', '\\"')
     shared = dict.fromkeys(_DYNAMIC_SHARED.findall(_without_comments(source.text)))
+    # The name's storage, and the initialisation that C++ expects of a thread_local defined elsewhere.
     storage = "".join(
         f"alignas(1024) thread_local unsigned char nb_dynamic_shared_{i}[{MAX_SHARED_BYTES}] "
-        f'__asm__("{_prefix()}{symbol}");\n'
+        f'__asm__("{_PREFIX}{symbol}");\n'
+        f'extern "C" void nb_initialised_{i}() __asm__("{_PREFIX}_ZTH{len(symbol)}{symbol}");\n'
+        f'extern "C" void nb_initialised_{i}() {{}}\n'
         for i, symbol in enumerate(shared)
     )
     return (
@@ -123,9 +126,8 @@ def _translation_unit(source: Source, expression: str) -> str:
     )
 
 
-_DYNAMIC_SHARED = re.compile(
-    r"\bextern\s+__shared__\s[^;{}()]*(?:\([^()]*\)[^;{}()]*)*?(\w+)\s*\[\s*\]"
-)
+_PREFIX = "_" if sys.platform == "darwin" else ""  # of C names in assembly
+_DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\b[^;]*?\b(\w+)\s*\[\s*\]\s*;")
 
 _ENTRY = """
 #define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
@@ -168,10 +170,6 @@ NB_EXPORTED char* nb_dynamic_shared() { return (char*)DYNAMIC; }
 
 def _without_comments(text: str) -> str:
     return re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
-
-
-def _prefix() -> str:
-    return "_" if sys.platform == "darwin" else ""
 
 
 @functools.cache
