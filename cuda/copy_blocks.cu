@@ -15,8 +15,8 @@
 __global__ void copy_blocks(void* cache, const nb::int64* __restrict__ pairs, int num_pairs,
                             nb::int64 num_blocks, nb::int64 packs_per_block) {
   using Pack = nb::Pack<unsigned char>;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  Pack* kept = reinterpret_cast<Pack*>(shared_bytes) + threadIdx.x;
+  extern __shared__ uint4 shared_memory[];
+  Pack* kept = reinterpret_cast<Pack*>(shared_memory) + threadIdx.x;
 
   const nb::int64 place = static_cast<nb::int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (place >= packs_per_block) return;

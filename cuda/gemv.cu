@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   constexpr int kStep = 32;            // of k: 8 for each of a row's four lanes
   constexpr int kTileRows = 16 * kRowTiles;
   constexpr int kOperands = 2 * kRowTiles + kColumnTiles;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  extern __shared__ uint4 shared_memory[];
 
   const int warp = threadIdx.x / nb::kWarpSize, lane = threadIdx.x % nb::kWarpSize;
   const int group = lane / 4, k_of_lane = lane % 4 * 8;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
   }
   using Slot = Words[kOperands][nb::kWarpSize];
-  Slot* ring = reinterpret_cast<Slot*>(shared_bytes) + warp * kStages;
+  Slot* ring = reinterpret_cast<Slot*>(shared_memory) + warp * kStages;
   const int num_steps = (size_in + kStep - 1) / kStep;
 
   const auto fetch = [&](int step, Slot& slot) {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   // The ring's memory now takes the sums: [kWarps][x's rows][weight's rows], padded so that the rows
   // that a warp writes at once lie in different banks.
   using Sums = float[kColumnTiles * 8][kTileRows + 4];
-  Sums* partials = reinterpret_cast<Sums*>(shared_bytes);
+  Sums* partials = reinterpret_cast<Sums*>(shared_memory);
   nb::cp_async_wait<0>();
   __syncthreads();
 #pragma unroll
