@@ -1,0 +1,76 @@
+"""gemv: against torch's product, the same row at every batch size, and its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from nbengine.kernels.op import Op
+from nbengine.kernels.ops import gemv
+from nbengine.kernels.program import Program
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_a_linear_layer_plus_a_residual_that_it_may_write_over(
+    program_for: Callable[[Op], Program], dtype: torch.dtype
+) -> None:
+    program = program_for(gemv.OP)
+    device = program.device
+    x, weight = torch.randn(3, 96, device=device), torch.randn(24, 96, device=device)
+    bias, residual = torch.randn(24, device=device), torch.randn(3, 24, device=device)
+    x, weight, bias, residual = (t.to(dtype) for t in (x, weight, bias, residual))
+    expected = linear(x.float(), weight.float(), bias.float()) + residual
+    gemv.launch(program, out=residual, x=x, weight=weight, bias=bias, residual=residual)
+    tolerance = 1e-5 if dtype == torch.float32 else 1.6e-2
+    torch.testing.assert_close(residual.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_row_is_the_same_in_every_batch(
+    program_for: Callable[[Op], Program], dtype: torch.dtype
+) -> None:
+    program = program_for(gemv.OP)
+    x = torch.randn(16, 648, device=program.device).to(dtype)
+    weight = torch.randn(21, 648, device=program.device).to(dtype)
+    alone = torch.full((16, 21), torch.nan, dtype=dtype, device=program.device)
+    for row in range(16):
+        gemv.launch(program, out=alone[row : row + 1], x=x[row : row + 1], weight=weight)
+    for rows in (5, 9, 16):
+        out = torch.full((rows, 21), torch.nan, dtype=dtype, device=program.device)
+        gemv.launch(program, out=out, x=x[:rows], weight=weight)
+        assert torch.equal(out, alone[:rows])
+
+
+def test_rows_do_not_meet(program_for: Callable[[Op], Program]) -> None:
+    """NaN in a row of x, or in one of the weight, stays in its row or column."""
+    program = program_for(gemv.OP)
+    x = torch.randn(9, 64, device=program.device).half()
+    weight = torch.randn(40, 64, device=program.device).half()
+    x[3, 5] = weight[17, 60] = torch.nan
+    out = torch.zeros(9, 40, dtype=torch.float16, device=program.device)
+    gemv.launch(program, out=out, x=x, weight=weight)
+    expected = torch.zeros(9, 40, dtype=torch.bool, device=program.device)
+    expected[3], expected[:, 17] = True, True
+    assert torch.equal(out.isnan(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"x": torch.zeros(17, 64), "out": torch.zeros(17, 5)},
+            "x has 17 rows: gemv takes 1 to 16",
+        ),
+        ({"x": torch.zeros(2, 63), "weight": torch.zeros(5, 63)}, "K=63 of torch.float32 .* 4"),
+        ({"weight": torch.zeros(5, 32)}, r"weight has the shape \[5, 32\], and needs \[5, 64\]"),
+        ({"weight": torch.zeros(64, 5).T}, "weight .* must be contiguous"),
+        ({"bias": torch.zeros(4)}, r"bias has the shape \[4\], and needs \[5\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    arguments = {"out": torch.zeros(2, 5), "x": torch.zeros(2, 64), "weight": torch.zeros(5, 64)}
+    with pytest.raises(ValueError, match=message):
+        gemv.launch(None, **arguments | change)
