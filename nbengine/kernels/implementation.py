@@ -89,7 +89,7 @@ def implement(
     if what is None:
         if backend == "reference":
             return Implementation(op, "torch", "reference", op.reference, is_own=True)
-        own = program(Source.of_op(op.source), device, backend, checks=checks)
+        own = _program(Source.of_op(op.source), device, backend, checks)
         return Implementation(
             op, _language(backend), f"cuda/{op.source}", _launching(op, own), is_own=True
         )
@@ -102,7 +102,7 @@ def implement(
         what = Source(str(what), f"{op.name}.cu (a string)") if is_text else Source.read(what)
     if isinstance(what, Source):
         on = "emulated" if backend == "reference" else backend
-        what = program(what, device, on, checks=checks)
+        what = _program(what, device, on, checks)
     language = _language("cuda" if what.device.type == "cuda" else "emulated")
     return Implementation(op, language, _shown(what.source.name), _launching(op, what))
 
@@ -127,10 +127,7 @@ def _named(op: Op, name: str) -> Implementation:
     return Implementation(op, "Python", f"{name}: {module}", call)
 
 
-def program(
-    source: Source, device: torch.device, backend: Backend = "cuda", *, checks: bool = False
-) -> Program:
-    """CUDA C on a backend that runs it."""
+def _program(source: Source, device: torch.device, backend: Backend, checks: bool) -> Program:
     if backend == "cuda":
         from nbengine.kernels.launcher import CudaProgram
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nbengine import kernels
 from nbengine.errors import NotEnoughMemory
-from nbengine.kernels import implementation
 from nbengine.kernels.display import table_html
 from nbengine.kernels.op import Cost
 from nbengine.kernels.source import Source
@@ -158,7 +158,7 @@ def _matrix_rate(device: torch.device) -> float:
 
 def _readers(source: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
     """Ways to read all of `source`, by name."""
-    program = implementation.program(Source.of_op("read_bandwidth.cu"), device)
+    program = kernels.program(Source.of_op("read_bandwidth.cu"), device=device)
     words = source.view(torch.int32)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     readers: dict[str, Callable[[], object]] = {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nbengine.kernels.emulator import EmulationError
 from nbengine.kernels.implementation import UnknownOp
 from nbengine.kernels.lab import Mismatch
 from nbengine.kernels.ops import OPS
+from nbengine.kernels.source import Source
 from nbengine.kernels.table import Kernels
 
 
@@ -188,3 +190,19 @@ def test_a_compacted_call_writes_what_the_whole_one_does(name):
 
 def test_every_op_has_shapes_to_be_measured_at():
     assert [name for name, op in OPS.items() if not list(op.bench_cases())] == []
+
+
+def test_cuda_c_text_is_swapped_in_and_runs_emulated():
+    kernels = Kernels("cpu", "emulated")
+    text = Source.of_op("copy_blocks.cu").text
+    wrong = text.replace("pairs[", "pairs[0 * ", 1)
+    assert wrong != text
+    with pytest.raises((Mismatch, EmulationError)):
+        kernels.swap("copy_blocks", wrong)
+    assert kernels.version == 0
+
+    kernels.swap("copy_blocks", text)
+    assert kernels.implementation("copy_blocks").origin == "copy_blocks.cu (a string)"
+    cache = torch.randn(1, 2, 3, 1, 8, 64)
+    kernels.copy_blocks(cache=cache, pairs=torch.tensor([[2, 0]]))
+    assert torch.equal(cache[:, :, 0], cache[:, :, 2])
