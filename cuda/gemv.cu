@@ -19,7 +19,7 @@
 // the compiler makes of the loop. At the end the warps' sums are added in the order of warps.
 //
 // A block reads all of x, which comes from the L2: M / (16 * kRowTiles) bytes for each byte of weight.
-// Hence two row tiles where M is above 8. The order of k depends on neither M nor the tiles, so a
+// Hence more row tiles where M is larger. The order of k depends on neither M nor the tiles, so a
 // row's result is the same in every batch. Rows of x or weight past the end repeat the last one and
 // are dropped.
 //

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from nbengine.kernels.op import Op
@@ -28,20 +29,26 @@ def test_it_is_a_linear_layer_plus_a_residual_that_it_may_write_over(
     torch.testing.assert_close(residual.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "size_out", "size_in"),
+    [(torch.float32, 21, 648), (torch.float16, 21, 648), (torch.float16, 8200, 16)],
+)
 def test_a_row_is_the_same_in_every_batch(
-    program_for: Callable[[Op], Program], dtype: torch.dtype
+    program_for: Callable[[Op], Program], dtype: torch.dtype, size_out: int, size_in: int
 ) -> None:
     program = program_for(gemv.OP)
-    x = torch.randn(16, 648, device=program.device).to(dtype)
-    weight = torch.randn(21, 648, device=program.device).to(dtype)
-    alone = torch.full((16, 21), torch.nan, dtype=dtype, device=program.device)
-    for row in range(16):
-        gemv.launch(program, out=alone[row : row + 1], x=x[row : row + 1], weight=weight)
-    for rows in (5, 9, 16):
-        out = torch.full((rows, 21), torch.nan, dtype=dtype, device=program.device)
-        gemv.launch(program, out=out, x=x[:rows], weight=weight)
-        assert torch.equal(out, alone[:rows])
+    x = torch.randn(16, size_in, device=program.device).to(dtype)
+    weight = torch.randn(size_out, size_in, device=program.device).to(dtype)
+
+    def product(first: int, last: int) -> Tensor:
+        shape = last - first, size_out
+        out = torch.full(shape, torch.nan, dtype=dtype, device=program.device)
+        gemv.launch(program, out=out, x=x[first:last], weight=weight)
+        return out
+
+    whole = product(0, 16)
+    for first, last in ((0, 1), (4, 5), (15, 16), (3, 8), (2, 10), (0, 9)):
+        assert torch.equal(product(first, last), whole[first:last])
 
 
 def test_rows_do_not_meet(program_for: Callable[[Op], Program]) -> None:
@@ -70,7 +77,7 @@ def test_rows_do_not_meet(program_for: Callable[[Op], Program]) -> None:
         ({"bias": torch.zeros(4)}, r"bias has the shape \[4\], and needs \[5\]"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -> None:
     arguments = {"out": torch.zeros(2, 5), "x": torch.zeros(2, 64), "weight": torch.zeros(5, 64)}
     with pytest.raises(ValueError, match=message):
         gemv.launch(None, **arguments | change)

@@ -47,6 +47,7 @@ def test_agrees_with_its_reference(
         "gated_mlp<float, GeluTanh, 1536, 256>",
         "gemv<__nv_bfloat16, 4, 1, 1, 6>",
         "gemv<__half, 8, 2, 2, 4>",
+        "gemv<__nv_bfloat16, 4, 4, 2, 4>",
         "gemv_float<float, 4, 16>",
         "kv_cache_write<__nv_bfloat16, float, 128, 16, 8, 128, true>",
         "kv_cache_write<__half, __half, 80, 32, 8, 128, false>",

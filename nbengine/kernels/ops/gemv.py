@@ -51,13 +51,27 @@ def launch(
         kernel = program.kernel("gemv_float", x.dtype, 4, 1 << (num_rows - 1).bit_length())
         kernel[-(-size_out // 4), 128](*arguments)
         return
-    # At every N some 50 KiB of weights or more are in flight on each of 132 multiprocessors. The
-    # number of warps decides the order of a sum, and so must not depend on M.
-    warps = 4 if size_out >= 8192 else 8
-    row_tiles, column_tiles, stages = (1, 1, 6) if num_rows <= 8 else (2, 2, 4)
+    warps, row_tiles, column_tiles, stages = tiling(num_rows, size_out)
     kernel = program.kernel("gemv", x.dtype, warps, row_tiles, column_tiles, stages)
     shared_bytes = warps * stages * (2 * row_tiles + column_tiles) * 512
     kernel[-(-size_out // (16 * row_tiles)), warps * 32, shared_bytes](*arguments)
+
+
+def tiling(num_rows: int, size_out: int) -> tuple[int, int, int, int]:
+    """Warps of a block, its weight rows and x's rows in tiles of 16 and of 8, and stages of a warp.
+
+    Two things are wanted of it: 50 KiB of weights or more in flight on each of 132 multiprocessors,
+    and few reads of x, which each block takes from the L2: of M / (16 * row_tiles) bytes for each
+    byte of the weight. The warps decide the order of a sum, and so must not depend on M. Shared
+    memory stays within the 99 KiB of the smallest devices.
+    """
+    is_wide = size_out >= 8192  # several blocks on each multiprocessor, whatever their size
+    warps = 4 if is_wide else 8
+    if num_rows <= 4:
+        return warps, 1, 1, 6
+    if num_rows <= 8:
+        return warps, 2, 1, 4
+    return warps, 4 if is_wide else 2, 2, 4
 
 
 def reference(
@@ -86,7 +100,8 @@ def cases() -> Iterator[Case]:
             (16, 2, 264),
         ):
             yield _case(dtype, rows, size_out, size_in, rows % 2 == 1, rows > 3)
-    yield _case(torch.bfloat16, 2, 8193, 8, False, True)  # four warps to a block
+    for rows in (2, 12):  # four warps to a block, and of many rows four tiles
+        yield _case(torch.bfloat16, rows, 8193, 8, False, True)
 
 
 def _case(
