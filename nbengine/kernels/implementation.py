@@ -73,8 +73,8 @@ def implement(
 
     Args:
         what: None (the op's own), CUDA C (a `Source`, the path of a `.cu`, or its text), a
-            compiled `Program`, an `Implementation`, "reference", a name in `op.alternatives`, or a function that takes
-            the op's arguments by name.
+            `Program`, an `Implementation`, "reference", a name in `op.alternatives`, or a function
+            that takes the op's arguments by name.
         backend: that of None and of CUDA C; default: "cuda" on a GPU, else "emulated".
         checks: emulate with the checks for races, wild accesses and missing barriers.
 
@@ -83,6 +83,7 @@ def implement(
         FileNotFoundError: no such `.cu`.
         ImportError: an alternative whose package is not installed.
     """
+    what = with_text_read(op, what)
     if isinstance(what, Implementation):
         return what
     backend = backend or ("cuda" if device.type == "cuda" else "emulated")
@@ -93,18 +94,27 @@ def implement(
         return Implementation(
             op, _language(backend), f"cuda/{op.source}", _launching(op, own), is_own=True
         )
-    if isinstance(what, str) and "\n" not in what and not what.endswith(".cu"):
+    if isinstance(what, str):
         return _named(op, what)
-    if callable(what):
-        return Implementation(op, "Python", _title(what), what)
-    if isinstance(what, str | Path):
-        is_text = isinstance(what, str) and "\n" in what
-        what = Source(str(what), f"{op.name}.cu (a string)") if is_text else Source.read(what)
     if isinstance(what, Source):
         on = "emulated" if backend == "reference" else backend
         what = _program(what, device, on, checks)
+    if not isinstance(what, Program):
+        return Implementation(op, "Python", _title(what), what)
     language = _language("cuda" if what.device.type == "cuda" else "emulated")
     return Implementation(op, language, _shown(what.source.name), _launching(op, what))
+
+
+def with_text_read(
+    op: Op, what: Implementable
+) -> Implementation | str | Source | Program | Callable[..., None] | None:
+    """CUDA C by its path or text becomes a `Source`, which later edits do not change; a string that
+    is left is a name."""
+    if isinstance(what, str) and "\n" in what:
+        return Source(what, f"{op.name}.cu (a string)")
+    if isinstance(what, Path) or (isinstance(what, str) and what.endswith(".cu")):
+        return Source.read(what)
+    return what
 
 
 def _named(op: Op, name: str) -> Implementation:

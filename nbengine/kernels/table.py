@@ -25,6 +25,7 @@ from nbengine.kernels.implementation import (
     Implementation,
     implement,
     op_named,
+    with_text_read,
 )
 from nbengine.kernels.op import Arguments, Op
 from nbengine.kernels.ops import OPS
@@ -52,12 +53,14 @@ class Kernels:
         self.version = 0
         """Grows whenever another implementation takes an op's place."""
         self._implementations: dict[str, Implementation] = {}
+        self._own: dict[str, Implementation] = {}
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         # Reached once for each op: from then on the bound call is an attribute of its own.
         if name.startswith("_"):
             raise AttributeError(name)
-        self._bind(implement(op_named(name), None, self.device, self.backend))
+        self._own[name] = implement(op_named(name), None, self.device, self.backend)
+        self._bind(self._own[name])
         call: Callable[..., None] = self.__dict__[name]
         return call
 
@@ -88,6 +91,7 @@ class Kernels:
             CompileError: it does not compile; the same.
         """
         found = op_named(op)
+        what = with_text_read(found, what)  # what was verified is what will run
         checked = verify_implementation(
             implement(found, what, self.device, self._compiling, checks=True),
             self.device,
@@ -102,12 +106,10 @@ class Kernels:
     def restore(self, op: str | Op) -> Implementation:
         """Put the op's own implementation back, if another is in its place."""
         found = op_named(op)
-        now = self.implementation(found)
-        if not now.is_own:
-            now = implement(found, None, self.device, self.backend)
-            self._bind(now)
+        if not self.implementation(found).is_own:
+            self._bind(self._own[found.name])
             self.version += 1
-        return now
+        return self.implementation(found)
 
     def record(self, op: str | Op, num_calls: int = 1) -> Recording:
         """Keep the arguments of the op's next `num_calls` calls, as they were before each.
