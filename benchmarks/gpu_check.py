@@ -13,8 +13,10 @@ the L2. Prints one table, and keeps everything as JSON. Exit status 1 says that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -23,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,11 +168,45 @@ def measure_roofline(name: str) -> Iterator[Record]:
     yield {"op": name, **dataclasses.asdict(roofline(refresh=True))}
 
 
+def time_launches(name: str) -> Iterator[Record]:
+    """Microseconds of Python for one launch: a kernel with four parameters, and each op's smallest
+    call. The quietest of ten hundreds, none of which waits for the device."""
+    import torch
+
+    from nbengine.kernels import load
+    from nbengine.kernels.implementation import implement
+    from nbengine.kernels.ops import OPS
+
+    def microseconds(call: Callable[[], object]) -> float:
+        call()
+        samples = []
+        for _ in range(10):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(100):
+                call()
+            samples.append((time.perf_counter() - start) * 1e4)
+        return round(min(samples), 2)
+
+    device = torch.device("cuda", 0)
+    x = torch.ones(1024, device=device)
+    source = "__global__ void touch(float* x, float* y, float a, int n) {}\n"
+    launch = load(source, "touch", device=device)[4, 256]
+    result = {"kernel[grid, block](...)": microseconds(lambda: launch(x, x, 1.0, 1024))}
+    for op in OPS.values():
+        own, case = implement(op, None, device), next(iter(op.cases()))
+        arguments = case.make(torch.Generator(device).manual_seed(0))
+        with contextlib.suppress(Exception):  # what is wrong with it, `verify` tells
+            result[op.name] = microseconds(functools.partial(own.call, **arguments))
+    yield {"op": name, "us": result}
+
+
 TASKS = {
     "verify": verify_op,
     "sanitize": sanitized_op,
     "bench": bench_op,
     "roofline": measure_roofline,
+    "launch": time_launches,
 }
 
 
@@ -363,6 +399,9 @@ def report(result: Record) -> str:
             ],
         )
     )
+    if "us" in result.get("launch", {}):
+        launches = ", ".join(f"{name} {us}" for name, us in result["launch"]["us"].items())
+        parts.append(f"Python's part of a launch, µs: {launches}")
     for part in ("verify", "bench"):
         parts += [
             f"WRONG: {part} {record['op']}: {record['error'][-1500:]}"
@@ -443,6 +482,7 @@ def main() -> int:
             result["tests"] = tests.result()
     if not given.skip_bench:
         result["roofline"] = run_worker("roofline", ["roofline"])[-1]
+        result["launch"] = run_worker("launch", ["launch"])[-1]
         result["bench"] = run_worker("bench", names)
         timed = [record for record in result["bench"] if "error" not in record]
         result["bars"] = judged(timed, tuple(bar for bar in BARS if bar.op in names))

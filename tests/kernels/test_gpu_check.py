@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -125,3 +126,39 @@ def test_a_report_shows_figures_errors_and_bars(gpu_check):
     assert not gpu_check.is_right(result)
     result["verify"].pop(), result["bench"].pop()
     assert gpu_check.is_right(result)
+
+
+def test_a_run_keeps_its_result_and_its_exit_status_says_what_is_missed(
+    gpu_check, tmp_path, monkeypatch, capsys
+):
+    good = timed("paged_attention_prefill", "8k-bfloat16", tflops=301.0)
+    found = {
+        "roofline": [{"op": "roofline", "read_bytes_per_s": 4e12, "read_by": "torch.sum"}],
+        "verify": [],
+        "bench": [good],
+    }
+    found["launch"] = [{"op": "launch", "us": {"rms_norm": 5.5}}]
+    found["roofline"][0] |= {"copy_bytes_per_s": 4e12, "matrix_flops_per_s": 8e14}
+    where = {"device": "NVIDIA H200", "driver": "580", "torch": "2.11", "nvrtc": "13.0"}
+    monkeypatch.setattr(gpu_check, "run_worker", lambda task, names: found[task])
+    monkeypatch.setattr(gpu_check, "machine", lambda: where)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path), *options])
+        return gpu_check.main()
+
+    assert run("--only", "paged_attention_prefill") == 0
+    result = json.loads((tmp_path / "gpu_check_nvidia_h200.json").read_text())
+    assert result["bench"] == [good] and result["machine"] == where and result["date"]
+    assert [bar["met"] for bar in result["bars"]] == [True]
+    printed = capsys.readouterr().out
+    assert "met" in printed and "µs: rms_norm 5.5" in printed
+
+    good["tflops"] = 299.0
+    assert run("--only", "paged_attention_prefill") == 2
+    found["verify"] = [{"op": "paged_attention_prefill", "error": "Mismatch"}]
+    assert run("--only", "paged_attention_prefill") == 1
+    with pytest.raises(SystemExit):
+        run("--only", "nothing")
+    assert "no op nothing" in capsys.readouterr().err
