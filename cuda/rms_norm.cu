@@ -18,7 +18,7 @@
 #include "nb/types.cuh"
 
 template <typename T, int kSize, int kLanes, int kRows, bool kResidual>
-__global__ void __launch_bounds__(kLanes* kRows)
+__global__ void __launch_bounds__(kLanes * kRows)
     rms_norm(T* out, const T* x, T* residual, const float* __restrict__ weight, int num_rows,
              int num_sets, nb::int64 x_stride, nb::int64 out_stride, float eps) {
   constexpr int kPack = nb::pack_size<T>(kSize);
@@ -33,23 +33,26 @@ __global__ void __launch_bounds__(kLanes* kRows)
   out += token * out_stride + set * kSize;
   weight += set * kSize;
 
-  float values[kPacksPerLane][kPack], weights[kPacksPerLane][kPack];
+  float values[kPacksPerLane][kPack], before[kPacksPerLane][kPack], weights[kPacksPerLane][kPack];
+#pragma unroll
+  for (int i = 0; i < kPacksPerLane; ++i) {
+    const int at = (i * kLanes + lane) * kPack;
+    if (at >= kSize || row >= num_rows) continue;
+    nb::load_floats(values[i], x + at);
+    if constexpr (kResidual) nb::load_floats(before[i], residual + token * kSize + at);
+    nb::load_floats(weights[i], weight + at);
+  }
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPacksPerLane; ++i) {
     const int at = (i * kLanes + lane) * kPack;
     if (at >= kSize || row >= num_rows) continue;  // and join the reduction below
-    nb::load_floats(values[i], x + at);
-    nb::load_floats(weights[i], weight + at);
     if constexpr (kResidual) {
-      T* kept = residual + token * kSize + at;
-      float before[kPack];
-      nb::load_floats(before, kept);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        values[i][j] = nb::to_float(nb::from_float<T>(before[j] + values[i][j]));
+        values[i][j] = nb::to_float(nb::from_float<T>(before[i][j] + values[i][j]));
       }
-      nb::store_floats(kept, values[i]);
+      nb::store_floats(residual + token * kSize + at, values[i]);
     }
 #pragma unroll
     for (int j = 0; j < kPack; ++j) sum += values[i][j] * values[i][j];

@@ -33,9 +33,10 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// What one thread moves with one instruction: 16 bytes, or fewer elements where N says so.
+// What one thread moves with one instruction: 16 bytes, or N elements. (More than 16 bytes take
+// several, and start at multiples of 16 like the others.)
 template <typename T, int N = 16 / sizeof(T)>
-struct alignas(N * sizeof(T)) Pack {
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   static constexpr int size = N;
   T items[N];
 };
@@ -48,7 +49,7 @@ __device__ constexpr int pack_size(int size) {
   return elements;
 }
 
-// `source` and `target` must be aligned to the pack's size.
+// `source` and `target` must be aligned as the pack is.
 template <typename T, int N = 16 / sizeof(T)>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
   return *reinterpret_cast<const Pack<T, N>*>(source);
