@@ -165,8 +165,11 @@ class _RMSNorm:
         if cutlass.const_expr(num_warps > 1):
             allocator = SmemAllocator()
             partials = allocator.allocate_tensor(cutlass.Float32, cute.make_layout(num_warps))
-            if cute.arch.lane_idx() == 0:
-                partials[cute.arch.warp_idx()] = value
+            thread, _, _ = cute.arch.thread_idx()
+            if (
+                thread % _WARP == 0
+            ):  # (arch.warp_idx is a shuffle, which one lane alone must not do)
+                partials[thread // _WARP] = value
             cute.arch.sync_threads()
             value = partials.load().reduce(
                 cute.ReductionOp.ADD, cutlass.Float32(0.0), reduction_profile=0
