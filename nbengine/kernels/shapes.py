@@ -29,23 +29,24 @@ def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
 
 def check_dense(name: str, tensor: Tensor, *shape: int, alignment: int = PACK_BYTES) -> None:
     """`tensor` has this shape and no gaps, and starts at a multiple of `alignment` bytes."""
+    past = tensor.data_ptr() % alignment
+    if tensor.shape == shape and tensor.is_contiguous() and not past:
+        return
     check_shape(name, tensor, *shape)
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name} {list(shape)} has the strides {list(tensor.stride())}, and must be contiguous"
         )
-    if tensor.data_ptr() % alignment:
-        raise ValueError(
-            f"{name} starts {tensor.data_ptr() % alignment} bytes after a multiple of {alignment}"
-        )
+    raise ValueError(f"{name} starts {past} bytes after a multiple of {alignment}")
 
 
 def check_rows(name: str, tensor: Tensor, *shape: int) -> None:
     """`tensor` has this shape, and each of its rows (all but the first dimension) is dense; rows
     may be slices of wider ones that keep them on multiples of their pack."""
-    check_shape(name, tensor, *shape)
-    if tensor.is_contiguous() and tensor.data_ptr() % PACK_BYTES == 0:
+    address = tensor.data_ptr()
+    if tensor.shape == shape and tensor.is_contiguous() and address % PACK_BYTES == 0:
         return
+    check_shape(name, tensor, *shape)
     stride = tensor.stride()
     dense = 1
     for dim in range(len(shape) - 1, 0, -1):
@@ -56,8 +57,8 @@ def check_rows(name: str, tensor: Tensor, *shape: int) -> None:
         dense *= shape[dim]
     itemsize = tensor.element_size()
     pack = pack_size(shape[-1], itemsize)
-    if (shape[0] > 1 and stride[0] % pack) or tensor.data_ptr() % (pack * itemsize):
+    if (shape[0] > 1 and stride[0] % pack) or address % (pack * itemsize):
         raise ValueError(
             f"{name} {list(shape)}: its rows, {stride[0]} elements apart from address "
-            f"{tensor.data_ptr():#x} on, must start at multiples of {pack * itemsize} bytes"
+            f"{address:#x} on, must start at multiples of {pack * itemsize} bytes"
         )
