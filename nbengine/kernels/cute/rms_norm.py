@@ -166,9 +166,8 @@ class _RMSNorm:
             allocator = SmemAllocator()
             partials = allocator.allocate_tensor(cutlass.Float32, cute.make_layout(num_warps))
             thread, _, _ = cute.arch.thread_idx()
-            if (
-                thread % _WARP == 0
-            ):  # (arch.warp_idx is a shuffle, which one lane alone must not do)
+            # Not arch.warp_idx(): that is a shuffle, and one lane alone must not make it.
+            if thread % _WARP == 0:
                 partials[thread // _WARP] = value
             cute.arch.sync_threads()
             value = partials.load().reduce(
