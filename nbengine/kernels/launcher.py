@@ -36,6 +36,7 @@ class Driver:
     def __init__(self) -> None:
         from cuda.bindings import driver
 
+        torch.cuda.init()
         self._api = driver
         self.launch = driver.cuLaunchKernel
         """launch(function, *grid, *block, shared_bytes, stream, address of pointers, 0): (status,)"""
@@ -51,7 +52,6 @@ class Driver:
             self._answer(self._api.cuCtxSetCurrent(context))
 
     def load(self, code: bytes, symbol: str, index: int) -> Any:
-        torch.cuda.init()
         with torch.cuda.device(index):
             self.enter(index)
             (module,) = self._answer(self._api.cuModuleLoadData(code))
@@ -123,6 +123,7 @@ class CudaProgram(Program):
         super().__init__(source, device)
         self.debug, self.options = debug, options
         self.driver = driver or Driver()
+        self.max_shared_bytes = self.driver.max_shared_bytes(device.index or 0)
         self.architecture = architecture or compiler.architecture_for(
             torch.cuda.get_device_capability(device)
         )
@@ -144,7 +145,7 @@ class CudaKernel(Kernel):
         self._function = driver.load(self.cubin.code, self.cubin.symbol, self._index)
         self.max_threads = driver.max_threads(self._function)
         static_bytes = self.cubin.resources.shared_bytes
-        self.max_shared_bytes = driver.max_shared_bytes(self._index) - static_bytes
+        self.max_shared_bytes = program.max_shared_bytes - static_bytes
         self._allowed_bytes = _WITHOUT_ASKING - static_bytes
         self._driver_launch, self._stream = driver.launch, driver.stream
         formats = ["P" if p.is_pointer else SCALARS[p.c_type] for p in self.parameters]

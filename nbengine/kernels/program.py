@@ -39,7 +39,8 @@ MAX_GRID = (2**31 - 1, 65_535, 65_535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 227 * 1024
-"""Of one block, on the devices that have the most (sm_90, sm_100)."""
+"""Of one block, on the devices that have the most (sm_90, sm_100); sm_80 has 163 KiB, sm_86 and
+sm_89 have 99 KiB."""
 _KEPT_LAUNCHES = 1024
 
 
@@ -51,14 +52,16 @@ class LaunchError(NbengineError, TypeError):
 class Program(ABC):
     """A source on a device. Kernels are compiled once and kept."""
 
+    max_shared_bytes = MAX_SHARED_BYTES
+    """Of one block on this device, static and dynamic: an op chooses its tiles by it."""
+
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
 
     def kernel(self, name: str, *template_arguments: TemplateArgument) -> Kernel:
         """The function `name` for these template arguments: dtypes, ints, bools, or C text."""
-        # True == 1 as a key, and is another argument in C.
-        key = (name, *template_arguments, *map(type, template_arguments))
+        key = (name, *template_arguments)  # True and 1 are one key, and in C one argument
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = self._make(instantiation(name, template_arguments))

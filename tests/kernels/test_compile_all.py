@@ -1,0 +1,83 @@
+"""Every specialisation that an op's grid asks for compiles for every architecture, without a
+warning or a spill, and can be launched as the op launches it. It needs NVRTC and no GPU.
+
+The specialisations are not listed here: each op is launched on its own cases with a program that
+writes down what it is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from nbengine.kernels import Kernel, Program, Source, compiler
+from nbengine.kernels.ops import OPS
+from nbengine.kernels.report import LIMITS
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="NVRTC has no build for macOS")
+
+
+class Wishes(Program):
+    """Notes each kernel that is asked for, and the largest block and shared memory of its
+    launches."""
+
+    def __init__(self, source: Source, architecture: str) -> None:
+        super().__init__(source, torch.device("cpu"))
+        self.max_shared_bytes = LIMITS[architecture].block_shared_bytes
+        self.launches: dict[str, tuple[int, int]] = {}
+
+    def _make(self, expression: str) -> Kernel:
+        return Wish(self, expression)
+
+
+class Wish(Kernel):
+    def __init__(self, program: Wishes, expression: str) -> None:
+        super().__init__(program.source, expression, program.device)
+        self.launches = program.launches
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        threads, most = self.launches.get(self.name, (0, 0))
+        threads = max(threads, block[0] * block[1] * block[2])
+        self.launches[self.name] = threads, max(most, shared_bytes)
+
+
+def wishes(name: str, architecture: str) -> Wishes:
+    op = OPS[name]
+    program = Wishes(Source.of_op(op.source), architecture)
+    for case in op.cases():
+        op.launch(program, **case.make(torch.Generator().manual_seed(0)))
+    return program
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_specialisation_compiles_without_warnings_or_spills(
+    name: str, architecture: str
+) -> None:
+    asked = wishes(name, architecture)
+    assert asked.launches, "the op's cases launch nothing"
+
+    def compiled(expression: str) -> compiler.Cubin:
+        return compiler.compile(asked.source, expression, architecture)
+
+    with ThreadPoolExecutor() as pool:
+        for cubin in pool.map(compiled, asked.launches):
+            threads, shared_bytes = asked.launches[cubin.expression]
+            used, limits = cubin.resources, LIMITS[architecture]
+            title = f"{cubin.expression} on {architecture}"
+            assert cubin.warnings == (), title
+            assert used.spill_store_bytes == used.spill_load_bytes == 0, title
+            assert threads <= used.max_threads, title
+            assert used.shared_bytes + shared_bytes <= limits.block_shared_bytes, title
