@@ -26,7 +26,14 @@ from typing import Any
 
 from nbengine.errors import NbengineError
 from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_nvrtc
-from nbengine.kernels.report import KernelReport, Resources, disassembly, report
+from nbengine.kernels.report import (
+    KernelReport,
+    Limits,
+    Resources,
+    disassembly,
+    limits_of,
+    report,
+)
 from nbengine.kernels.source import INCLUDE_ROOT, Source
 
 OPTIONS = ("--std=c++17", "-lineinfo", "--ptxas-options=-v", "-no-source-include")
@@ -56,16 +63,21 @@ class Cubin:
     warnings: tuple[Diagnostic, ...]
 
     def report(
-        self, block_threads: int, dynamic_shared_bytes: int = 0, blocks: int | None = None
+        self,
+        block_threads: int,
+        dynamic_shared_bytes: int = 0,
+        limits: Limits | None = None,
+        blocks: int | None = None,
     ) -> KernelReport:
-        """Registers, shared memory, spills, and the occupancy in blocks of this shape; `blocks` is
-        how many of them fit a multiprocessor, where the driver could be asked."""
+        """Registers, shared memory, spills, and the occupancy in blocks of this shape. `limits`,
+        and how many `blocks` fit a multiprocessor, may be given where a driver was asked."""
         return report(
             self.expression,
             self.architecture,
             self.resources,
             block_threads,
             dynamic_shared_bytes,
+            limits or limits_of(self.architecture),
             blocks,
             tuple(f"{remark.place}: {remark.message}" for remark in self.warnings),
         )

@@ -19,7 +19,7 @@ import torch
 from nbengine.errors import NbengineError
 from nbengine.kernels import compiler
 from nbengine.kernels.program import Kernel, Launch, Program
-from nbengine.kernels.report import KernelReport
+from nbengine.kernels.report import KernelReport, Limits
 from nbengine.kernels.source import SCALARS, Source
 
 _WITHOUT_ASKING = 48 * 1024
@@ -63,12 +63,21 @@ class Driver:
         (value,) = self._answer(self._api.cuFuncGetAttribute(which, function))
         return int(value)
 
-    def max_shared_bytes(self, index: int) -> int:
-        """Of a block, static and dynamic."""
-        kind = self._api.CUdevice_attribute
-        which = kind.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        (value,) = self._answer(self._api.cuDeviceGetAttribute(which, self._device(index)))
-        return int(value)
+    def limits(self, index: int) -> Limits:
+        device = self._device(index)
+
+        def attribute(name: str) -> int:
+            which = getattr(self._api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+            (value,) = self._answer(self._api.cuDeviceGetAttribute(which, device))
+            return int(value)
+
+        return Limits(
+            shared_bytes=attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
+            block_shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+            warps=attribute("MAX_THREADS_PER_MULTIPROCESSOR") // 32,
+            blocks=attribute("MAX_BLOCKS_PER_MULTIPROCESSOR"),
+            reserved_bytes=attribute("RESERVED_SHARED_MEMORY_PER_BLOCK"),
+        )
 
     def allow_shared_bytes(self, function: Any, dynamic_bytes: int) -> None:
         which = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -123,7 +132,7 @@ class CudaProgram(Program):
         super().__init__(source, device)
         self.debug, self.options = debug, options
         self.driver = driver or Driver()
-        self.max_shared_bytes = self.driver.max_shared_bytes(device.index or 0)
+        self.limits = self.driver.limits(device.index or 0)
         self.architecture = architecture or compiler.architecture_for(
             torch.cuda.get_device_capability(device)
         )
@@ -145,7 +154,7 @@ class CudaKernel(Kernel):
         self._function = driver.load(self.cubin.code, self.cubin.symbol, self._index)
         self.max_threads = driver.max_threads(self._function)
         static_bytes = self.cubin.resources.shared_bytes
-        self.max_shared_bytes = program.max_shared_bytes - static_bytes
+        self.max_shared_bytes = program.limits.block_shared_bytes - static_bytes
         self._allowed_bytes = _WITHOUT_ASKING - static_bytes
         self._driver_launch, self._stream = driver.launch, driver.stream
         formats = ["P" if p.is_pointer else SCALARS[p.c_type] for p in self.parameters]
@@ -161,7 +170,7 @@ class CudaKernel(Kernel):
         """What it uses, and its occupancy in blocks of so many threads and so much dynamic shared
         memory: by the driver's own account."""
         blocks = self.program.driver.blocks_per_multiprocessor(self._function, block, shared_bytes)
-        return self.cubin.report(block, shared_bytes, blocks)
+        return self.cubin.report(block, shared_bytes, self.program.limits, blocks)
 
     def _launch(self, config: Any) -> Launch:
         launch = super()._launch(config)

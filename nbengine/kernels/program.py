@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nbengine.errors import NbengineError, shown
+from nbengine.kernels.report import LIMITS
 from nbengine.kernels.source import (
     POINTEES,
     Parameter,
@@ -38,9 +39,8 @@ Dim3 = int | tuple[int, ...]
 MAX_GRID = (2**31 - 1, 65_535, 65_535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
-MAX_SHARED_BYTES = 227 * 1024
-"""Of one block, on the devices that have the most (sm_90, sm_100); sm_80 has 163 KiB, sm_86 and
-sm_89 have 99 KiB."""
+MAX_SHARED_BYTES = LIMITS["sm_90"].block_shared_bytes
+"""Of one block, static and dynamic, on the devices that have the most."""
 _KEPT_LAUNCHES = 1024
 
 
@@ -52,8 +52,9 @@ class LaunchError(NbengineError, TypeError):
 class Program(ABC):
     """A source on a device. Kernels are compiled once and kept."""
 
-    max_shared_bytes = MAX_SHARED_BYTES
-    """Of one block on this device, static and dynamic: an op chooses its tiles by it."""
+    limits = LIMITS["sm_90"]
+    """Of the device's multiprocessors: an op chooses its tiles by the shared memory that they have.
+    The emulator has those of sm_90."""
 
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device

@@ -105,7 +105,7 @@ class KernelReport:
     block_threads: int
     dynamic_shared_bytes: int
     blocks_per_multiprocessor: int | None
-    """None for an architecture that `LIMITS` does not know."""
+    """None for an architecture whose limits are not known."""
     occupancy: float | None
     limited_by: str | None
     """registers, shared memory, warps or blocks."""
@@ -146,12 +146,14 @@ def report(
     architecture: str,
     resources: Resources,
     block_threads: int,
-    dynamic_shared_bytes: int = 0,
+    dynamic_shared_bytes: int,
+    limits: Limits | None,
     blocks: int | None = None,
     warnings: tuple[str, ...] = (),
 ) -> KernelReport:
-    """The resources at a launch shape. `blocks` on a multiprocessor are calculated unless given."""
-    limits, occupancy, limited_by = limits_of(architecture), None, None
+    """The resources at a launch shape. `blocks` on a multiprocessor are calculated unless given;
+    without `limits` there is no occupancy."""
+    occupancy, limited_by = None, None
     if limits is not None:
         bounds = _bounds(limits, resources, block_threads, dynamic_shared_bytes)
         limited_by = min(bounds, key=lambda name: bounds[name])

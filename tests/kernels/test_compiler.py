@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -300,6 +301,17 @@ def test_load_takes_a_path_or_text_and_emulates_without_a_gpu(tmp_path: Path) ->
 def test_load_of_a_file_that_is_not_there_names_it() -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.cu"):
         load("absent.cu", "f")
+
+
+def test_importing_the_package_needs_neither_cuda_nor_ipython() -> None:
+    code = """
+import subprocess
+import sys
+sys.modules.update({"cuda": None, "IPython": None})
+import nbengine.kernels
+from nbengine.kernels import compiler, launcher, report
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_diagnostics_are_data() -> None:

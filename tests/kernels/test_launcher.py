@@ -13,6 +13,7 @@ import torch
 
 from nbengine.kernels import LaunchError, Source
 from nbengine.kernels.launcher import CudaKernel, CudaProgram, KernelError
+from nbengine.kernels.report import Limits, limits_of
 
 SCALE = Source(
     """
@@ -63,8 +64,8 @@ class RecordingDriver:
     def max_threads(self, function: str) -> int:
         return 512
 
-    def max_shared_bytes(self, index: int) -> int:
-        return 100_000
+    def limits(self, index: int) -> Limits:
+        return Limits(shared_bytes=102_000, block_shared_bytes=100_000, warps=48, blocks=16)
 
     def allow_shared_bytes(self, function: str, dynamic_bytes: int) -> None:
         self.allowed.append(dynamic_bytes)
@@ -248,8 +249,14 @@ def test_on_a_gpu_large_shared_memory_is_allowed_and_occupancy_is_the_drivers() 
     kernel[1, 256, 64 * 1024](out, x)
     assert out.item() == 256
     for shared_bytes in (0, 20_000, 64 * 1024):
-        calculated = kernel.cubin.report(256, shared_bytes)
+        calculated = kernel.cubin.report(256, shared_bytes, kernel.program.limits)
         assert kernel.report(256, shared_bytes) == calculated
+
+
+@gpu
+def test_on_a_gpu_the_table_of_limits_is_the_drivers() -> None:
+    program = CudaProgram(SCALE)
+    assert limits_of(program.architecture) in (program.limits, None)
 
 
 @gpu

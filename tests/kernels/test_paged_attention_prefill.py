@@ -8,6 +8,7 @@ import torch
 
 from nbengine.kernels.op import Arguments, Case
 from nbengine.kernels.ops import paged_attention_prefill as prefill
+from nbengine.kernels.report import LIMITS
 from nbengine.kernels.source import Source, instantiation
 
 CASES = list(prefill.cases())
@@ -62,29 +63,20 @@ def test_the_cost_counts_each_visible_pair_and_each_live_position_once() -> None
 
 
 @pytest.mark.parametrize("head_dim", prefill.HEAD_DIMS)
-@pytest.mark.parametrize("shared", [prefill.SM_80, prefill.SM_86, prefill.SM_90])
-def test_a_tile_fits_the_shared_memory(head_dim: int, shared: prefill.SharedMemory) -> None:
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90"])
+def test_a_tile_fits_the_shared_memory(head_dim: int, architecture: str) -> None:
+    limits = LIMITS[architecture]
     for dtype in (torch.float32, torch.float16):
-        tile = prefill.tiling(dtype, head_dim, shared)
-        assert tile.shared_bytes <= shared.block
-        assert tile.blocks_per_sm * (tile.shared_bytes + 1024) <= shared.multiprocessor
+        tile = prefill.tiling(dtype, head_dim, limits)
+        assert tile.shared_bytes <= limits.block_shared_bytes
+        assert tile.blocks_per_sm * (tile.shared_bytes + 1024) <= limits.shared_bytes
 
 
 @pytest.mark.parametrize("head_dim", prefill.HEAD_DIMS)
-@pytest.mark.parametrize(
-    ("architecture", "shared"),
-    [
-        ("sm_80", prefill.SM_80),
-        ("sm_86", prefill.SM_86),
-        ("sm_89", prefill.SM_86),
-        ("sm_90", prefill.SM_90),
-    ],
-)
-def test_a_tile_stays_in_registers(
-    head_dim: int, architecture: str, shared: prefill.SharedMemory
-) -> None:
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_a_tile_stays_in_registers(head_dim: int, architecture: str) -> None:
     compiler = pytest.importorskip("nbengine.kernels.compiler")
-    tile = prefill.tiling(torch.bfloat16, head_dim, shared)
+    tile = prefill.tiling(torch.bfloat16, head_dim, LIMITS[architecture])
     expression = instantiation(
         "paged_attention_prefill",
         (torch.bfloat16, head_dim, 7, 16, *tile.template_arguments, head_dim == 256, False),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbengine.kernels import Source, compiler
-from nbengine.kernels.report import LIMITS, Resources, report
+from nbengine.kernels.report import LIMITS, Resources, limits_of, report
 
 ORACLE = r"""
 #include <cstdio>
@@ -70,7 +70,7 @@ def test_occupancy_is_what_nvidias_header_calculates(tmp_path: Path) -> None:
         cases, wanted, strict=True
     ):
         resources = Resources(registers, fixed, 0, 0, 0, 1024)
-        found = report("f", architecture, resources, threads, dynamic)
+        found = report("f", architecture, resources, threads, dynamic, LIMITS[architecture])
         assert found.blocks_per_multiprocessor == blocks, (
             architecture,
             resources,
@@ -142,7 +142,8 @@ def test_a_report_names_what_limits_the_occupancy() -> None:
 
 
 def test_an_architecture_that_is_not_in_the_table_has_no_occupancy() -> None:
-    found = report("f", "sm_999", Resources(32, 0, 0, 0, 0, 1024), 128)
+    assert limits_of("sm_999") is None
+    found = report("f", "sm_999", Resources(32, 0, 0, 0, 0, 1024), 128, 0, None)
     assert found.occupancy is None
     assert "occupancy" not in str(found)
 

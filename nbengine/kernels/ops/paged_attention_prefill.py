@@ -6,16 +6,15 @@ paged_attention_decode: `members` says which of the sequences this call computes
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
 from nbengine.kernels.program import Program
+from nbengine.kernels.report import Limits
 
 
 def launch(
@@ -65,7 +64,7 @@ def launch(
         )
     group = query_heads // kv_heads
     num_members = block_tables.shape[0] if members is None else members.shape[0]
-    tile = tiling(q.dtype, head_dim, _shared_memory(program.device))
+    tile = tiling(q.dtype, head_dim, program.limits)
     # The sum of ceil(rows * group / tile.rows) over the members is at most either of these.
     num_tiles = min(
         num_members * -(-max_query_len * group // tile.rows),
@@ -128,7 +127,7 @@ class Tiling:
         return (self.warps, self.rows_per_warp, self.keys, self.blocks_per_sm)
 
 
-def tiling(dtype: torch.dtype, head_dim: int, shared: SharedMemory) -> Tiling:
+def tiling(dtype: torch.dtype, head_dim: int, limits: Limits) -> Tiling:
     """The shape of a tile for this head size: the first that the device's shared memory holds."""
     if dtype == torch.float32:
         return Tiling(False, 4, 4, 32, 1, (4 * 4 + 32 * 2) * (head_dim + 4) * 4)
@@ -139,33 +138,10 @@ def tiling(dtype: torch.dtype, head_dim: int, shared: SharedMemory) -> Tiling:
     for warps, rows_per_warp, keys, blocks_per_sm in shapes:
         # The rows of Q, two stages of K and of V, each row with one pack of padding.
         needed = (warps * rows_per_warp + 4 * keys) * (head_dim + 8) * 2
-        if needed <= shared.block and blocks_per_sm * (needed + 1024) <= shared.multiprocessor:
+        taken = blocks_per_sm * (needed + limits.reserved_bytes)
+        if needed <= limits.block_shared_bytes and taken <= limits.shared_bytes:
             break
     return Tiling(True, warps, rows_per_warp, keys, blocks_per_sm, needed)
-
-
-@dataclass(frozen=True, slots=True)
-class SharedMemory:
-    """Bytes that one block may ask for, and that a multiprocessor has for all of its blocks (each
-    takes 1,024 more than it asks for)."""
-
-    block: int
-    multiprocessor: int
-
-
-SM_80 = SharedMemory(163 * 1024, 164 * 1024)
-SM_86 = SharedMemory(99 * 1024, 100 * 1024)
-SM_90 = SharedMemory(227 * 1024, 228 * 1024)
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> SharedMemory:
-    if device.type == "cpu":  # the emulator
-        return SM_90
-    properties: Any = torch.cuda.get_device_properties(device)
-    return SharedMemory(
-        properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
-    )
 
 
 def reference(
