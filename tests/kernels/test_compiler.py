@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-import torch
 
-from nbengine.kernels import CompileError, Diagnostic, Source, compiler, load
+from nbengine.kernels import CompileError, Diagnostic, Source, compiler
 from nbengine.kernels.source import CUDA_ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="NVRTC has no build for macOS")
@@ -285,33 +283,6 @@ def test_every_header_of_the_project_compiles_by_itself() -> None:
         text = f'#include "nb/{header.name}"\n__global__ void f() {{}}\n'
         cubin = compiler.compile(Source(text, f"{header.stem}.cu"), "f", "sm_80")
         assert cubin.warnings == (), header.name
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
-def test_load_takes_a_path_or_text_and_emulates_without_a_gpu(tmp_path: Path) -> None:
-    pytest.importorskip("nbengine.kernels.emulator")
-    (tmp_path / "my.cu").write_text(TEXT)
-    for source in (TEXT, tmp_path / "my.cu", str(tmp_path / "my.cu")):
-        kernel = load(source, "scale<float>")
-        x, out = torch.arange(100.0), torch.full((100,), torch.nan)
-        kernel[2, 64](out, x, 100, 3.0)
-        assert torch.equal(out, x * 3)
-
-
-def test_load_of_a_file_that_is_not_there_names_it() -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent\.cu"):
-        load("absent.cu", "f")
-
-
-def test_importing_the_package_needs_neither_cuda_nor_ipython() -> None:
-    code = """
-import subprocess
-import sys
-sys.modules.update({"cuda": None, "IPython": None})
-import nbengine.kernels
-from nbengine.kernels import compiler, launcher, report
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_diagnostics_are_data() -> None:
