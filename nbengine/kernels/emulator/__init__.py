@@ -3,7 +3,13 @@
 `EmulatedProgram` takes the place of a program on a GPU: `program.kernel("scale", torch.float32)`
 gives a kernel that is launched on CPU tensors, and has run when the launch returns. With
 `checks=True` every access to memory is looked at, and a launch that does what CUDA leaves undefined
-raises `EmulationError`.
+raises `EmulationError`; without, a wild access is as wild as in C.
+
+Threads of a block are fibers (`runtime/`), so that barriers and warp operations mean what they mean
+on a GPU; blocks are spread over `torch.get_num_threads()` threads of the operating system. What is
+not modelled: time, caches, and the order of memory between blocks. A kernel that waits in a loop for
+another thread's write, with no barrier, waits for ever. Which lanes are converged is the hardware's
+choice: `__activemask()` names the calling lane alone.
 """
 
 from __future__ import annotations
@@ -11,96 +17,261 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from nbengine.errors import NbengineError
 from nbengine.kernels.emulator import build
+from nbengine.kernels.emulator.build import NoCompiler
+from nbengine.kernels.emulator.error import EmulationError
+from nbengine.kernels.emulator.listeners import (
+    EVENTS,
+    GLOBAL,
+    RECORDED,
+    SHARED,
+    Counters,
+    Counts,
+    Event,
+)
+from nbengine.kernels.emulator.places import Place, Places
 from nbengine.kernels.program import Kernel, Program
 from nbengine.kernels.source import Source
 
+__all__ = [
+    "Counters",
+    "EmulatedKernel",
+    "EmulatedProgram",
+    "EmulationError",
+    "Event",
+    "NoCompiler",
+    "Place",
+]
 
-class EmulationError(NbengineError, RuntimeError):
-    """A kernel did what CUDA leaves undefined, or stopped itself. `kind` says what; `block` and
-    `thread` are the indices of the thread at fault; `file` and `line` are None where unknown."""
-
-    def __init__(
-        self,
-        kind: str,
-        message: str,
-        *,
-        kernel: str,
-        block: tuple[int, ...],
-        thread: tuple[int, ...],
-        file: str | None,
-        line: int | None,
-    ) -> None:
-        self.kind, self.kernel, self.block, self.thread = kind, kernel, block, thread
-        self.file, self.line = file, line
-        where = f"{file}:{line}: " if file else ""
-        super().__init__(f"{where}{kind}: {message} ({kernel}, block {block}, thread {thread})")
+Three = tuple[int, int, int]
 
 
 class EmulatedProgram(Program):
-    """A source on this machine's CPU."""
+    """A source on this machine's CPU. With `counters`, each kernel has those of its last launch in
+    `kernel.counters`."""
 
-    def __init__(self, source: Source, *, checks: bool = False) -> None:
+    def __init__(self, source: Source, *, checks: bool = False, counters: bool = False) -> None:
         super().__init__(source, torch.device("cpu"))
-        self.checks = checks
+        self.checks, self.counters = checks, counters
 
     def _make(self, expression: str) -> EmulatedKernel:
-        return EmulatedKernel(self.source, expression, checks=self.checks)
+        return EmulatedKernel(self.source, expression, checks=self.checks, counters=self.counters)
 
 
 class EmulatedKernel(Kernel):
-    """Compiled when made. A launch returns when the grid has run."""
+    """Compiled when made. A launch returns when the grid has run.
 
-    def __init__(self, source: Source, expression: str, *, checks: bool = False) -> None:
+    Raises `CompileError`, `NoCompiler`; launched, `EmulationError`. Without checks, of the kinds of
+    error only those are seen that stop the kernel itself: a barrier or warp operation that is waited
+    in for ever, wrong masks and lanes, traps and assertions.
+    """
+
+    def __init__(
+        self, source: Source, expression: str, *, checks: bool = False, counters: bool = False
+    ) -> None:
         super().__init__(source, expression, torch.device("cpu"))
+        self.counters: Counters | None = None
+        self._source = source
+        self._listeners = _CHECKS * checks | _COUNTERS * counters
+        self._library = build.compile_kernel(source, expression, bool(self._listeners))
+        self._places = Places(self._library.path, source)
         self._runtime = _runtime()
-        self._library = ctypes.CDLL(str(build.compile_kernel(source, expression, False)))
-        self._arguments = _Argument * len(self.parameters)
+        loaded = ctypes.CDLL(str(self._library.path))
+        self._thread_main = ctypes.cast(loaded.nb_thread_main, ctypes.c_void_p)
+        self._shared_anchor = ctypes.cast(loaded.nb_shared_anchor, ctypes.c_void_p)
 
     def launch(
+        self, grid: Three, block: Three, shared_bytes: int, arguments: tuple[Any, ...]
+    ) -> None:
+        self._launch_with(self._listeners, grid, block, shared_bytes, arguments)
+
+    def trace(
         self,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
+        grid: Any,
+        block: Any,
+        arguments: Sequence[Any],
+        *,
+        shared_bytes: int = 0,
+        of: Three = (0, 0, 0),
+    ) -> list[Event]:
+        """Launch, and return what the threads of the block with the index `of` did, in the order in
+        which it was done here. Of a kernel made with checks or counters, for a small launch."""
+        if not self._listeners:
+            raise ValueError(f"{self.name} was compiled without checks, and announces no events")
+        launch = self[grid, block, shared_bytes]
+        self.check(tuple(arguments))
+        with_trace = self._listeners | _TRACE
+        recorded = self._launch_with(
+            with_trace, launch.grid, launch.block, shared_bytes, tuple(arguments), of
+        )
+        return list(self._events(recorded, tuple(arguments)))
+
+    def _launch_with(
+        self,
+        listeners: int,
+        grid: Three,
+        block: Three,
         shared_bytes: int,
         arguments: tuple[Any, ...],
-    ) -> None:
-        packed = self._arguments(*map(_argument, arguments))
+        traced: Three = (0, 0, 0),
+    ) -> np.ndarray[Any, Any]:
+        packed = (_Argument * len(arguments))(*map(_argument, arguments))
         request = _Launch(
-            thread_main=ctypes.cast(self._library.nb_thread_main, ctypes.c_void_p),
-            arguments=ctypes.cast(packed, ctypes.c_void_p),
-            shared_anchor=ctypes.cast(self._library.nb_shared_anchor, ctypes.c_void_p),
-            dynamic_shared=ctypes.cast(self._library.nb_dynamic_shared, ctypes.c_void_p),
+            thread_main=self._thread_main,
+            arguments=ctypes.addressof(packed),
+            shared_anchor=self._shared_anchor,
             grid=grid,
             block=block,
-            shared_bytes=shared_bytes,
             num_os_threads=torch.get_num_threads(),
+            listeners=listeners,
+            traced_block=traced,
         )
+        if listeners:
+            buffers = (_Buffer * len(arguments))(*map(_buffer, arguments))
+            variables = (_SharedVariable * len(self._library.variables))(
+                *(
+                    (v.from_anchor, shared_bytes if v.is_dynamic else v.num_bytes)
+                    for v in self._library.variables
+                )
+            )
+            request.buffers, request.num_buffers = ctypes.addressof(buffers), len(buffers)
+            request.variables, request.num_variables = ctypes.addressof(variables), len(variables)
         result = _Result()
         launched = self._runtime.nb_emulator_launch(ctypes.byref(request), ctypes.byref(result))
         try:
             if result.printed:
                 print(result.printed.decode(errors="replace"), end="")
-            if result.failed:
-                raise EmulationError(
-                    result.kind.decode(),
-                    result.message.decode(errors="replace"),
-                    kernel=self.name,
-                    block=tuple(result.block),
-                    thread=tuple(result.thread),
-                    file=result.file.decode() or None,
-                    line=result.line or None,
-                )
+            if result.kind is not None:
+                raise self._error(result, arguments)
+            if listeners & _COUNTERS:
+                self.counters = result.counts.counters()
+            if not result.num_recorded:
+                return np.empty(0, RECORDED)
+            size = result.num_recorded * RECORDED.itemsize
+            return np.frombuffer(ctypes.string_at(result.recorded, size), RECORDED)
         finally:
             self._runtime.nb_emulator_free(launched)
 
+    def _error(self, result: _Result, arguments: tuple[Any, ...]) -> EmulationError:
+        pcs = [pc for pc in (result.pc, result.other_pc) if pc]
+        places = self._places.of(pcs) if self._listeners else {}
+        place = places.get(result.pc)
+        if place is None and result.file:
+            place = self._places.at(result.file.decode(), result.line)
+        message = result.message.decode(errors="replace")
+        if "{address}" in message:
+            message = message.replace("{address}", self._described(result, arguments))
+        if "{other}" in message:
+            other = places.get(result.other_pc)
+            line = f" (line {other.line}: {other.text.strip()})" if other else ""
+            message = message.replace("{other}", f"thread {tuple(result.other_thread)}{line}")
+        return EmulationError(
+            result.kind.decode(),
+            message,
+            kernel=self.name,
+            block=result.block,
+            thread=result.thread,
+            place=place,
+            other_thread=result.other_thread if result.other_pc else None,
+            other_place=places.get(result.other_pc),
+        )
+
+    def _described(self, result: _Result, arguments: tuple[Any, ...]) -> str:
+        """An address as `name[index]`."""
+        address = result.address or 0
+        if result.variable >= 0:
+            variable = self._library.variables[result.variable]
+            size = _element_size(self._source, variable.name)
+            if size:
+                return f"{variable.name}[{result.offset // size}]"
+            return f"byte {result.offset:,} of {variable.name}"
+        tensors = [
+            (parameter.name, argument)
+            for parameter, argument in zip(self.parameters, arguments, strict=True)
+            if isinstance(argument, torch.Tensor)
+        ]
+        null = [
+            parameter.name
+            for parameter, argument in zip(self.parameters, arguments, strict=True)
+            if parameter.is_pointer and (argument is None or argument.data_ptr() == 0)
+        ]
+        if address < 1 << 20 and null:
+            return f"address {address:#x} ({', '.join(null)} is null)"
+
+        def distance(tensor: torch.Tensor) -> int:
+            begin = tensor.data_ptr()
+            return max(begin - address, address - begin - tensor.nbytes, 0)
+
+        if not tensors:
+            return f"address {address:#x}"
+        name, tensor = min(tensors, key=lambda named: distance(named[1]))
+        if distance(tensor) > 1 << 32:
+            return f"address {address:#x}, far from every tensor"
+        index = (address - tensor.data_ptr()) // tensor.itemsize
+        return f"{name}[{index}], where {name} has {tensor.numel():,} elements"
+
+    def _events(
+        self, recorded: np.ndarray[Any, Any], arguments: tuple[Any, ...]
+    ) -> Iterator[Event]:
+        places = self._places.of({int(pc) for pc in np.unique(recorded["pc"]) if pc})
+        sizes = [_element_size(self._source, v.name) or 1 for v in self._library.variables]
+        for row in recorded:
+            name, index, buffer = None, None, int(row["buffer"])
+            if row["space"] == GLOBAL:
+                name, tensor = self.parameters[buffer].name, arguments[buffer]
+                begin = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
+                index = (int(row["offset"]) - begin) // tensor.itemsize
+            elif row["space"] == SHARED:
+                name = self._library.variables[buffer].name
+                index = int(row["offset"]) // sizes[buffer]
+            place = places.get(int(row["pc"]))
+            yield Event(
+                int(row["thread"]),
+                EVENTS[int(row["event"])],
+                name,
+                index,
+                int(row["bytes"]),
+                place.line if place else None,
+                int(row["epoch"]),
+            )
+
+
+_CHECKS, _COUNTERS, _TRACE = 1, 2, 4
+
+_SIZES = {
+    **dict.fromkeys(("char", "bool", "uint8_t", "int8_t"), 1),
+    **dict.fromkeys(("short", "half", "__half", "nv_bfloat16", "__nv_bfloat16"), 2),
+    **dict.fromkeys(("int", "unsigned", "float", "half2", "__half2", "nb::uint32"), 4),
+    **dict.fromkeys(("long", "double", "float2", "int2", "uint2", "nb::int64"), 8),
+    **dict.fromkeys(("float4", "int4", "uint4"), 16),
+}
+
+
+def _element_size(source: Source, variable: str) -> int | None:
+    """Of a shared array, as far as its declaration tells."""
+    declared = re.search(rf"__shared__\b[^;]*?([\w:]+)\s+{re.escape(variable)}\s*\[", source.text)
+    return _SIZES.get(declared[1]) if declared else None
+
 
 class _Argument(ctypes.Structure):
+    """`nb_argument` of the entry: a number in both forms, a pointer in the first."""
+
     _fields_ = (("integer", ctypes.c_int64), ("real", ctypes.c_double))
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_void_p), ("bytes", ctypes.c_uint64))
+
+
+class _SharedVariable(ctypes.Structure):
+    _fields_ = (("from_anchor", ctypes.c_int64), ("bytes", ctypes.c_uint64))
 
 
 class _Launch(ctypes.Structure):
@@ -110,16 +281,15 @@ class _Launch(ctypes.Structure):
         ("thread_main", ctypes.c_void_p),
         ("arguments", ctypes.c_void_p),
         ("shared_anchor", ctypes.c_void_p),
-        ("dynamic_shared", ctypes.c_void_p),
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint64),
         ("buffers", ctypes.c_void_p),
         ("num_buffers", ctypes.c_uint64),
         ("variables", ctypes.c_void_p),
         ("num_variables", ctypes.c_uint64),
         ("num_os_threads", ctypes.c_uint32),
         ("listeners", ctypes.c_uint32),
+        ("traced_block", ctypes.c_uint * 3),
     )
 
 
@@ -127,17 +297,22 @@ class _Result(ctypes.Structure):
     """`Result` of the runtime."""
 
     _fields_ = (
-        ("failed", ctypes.c_uint32),
-        ("line", ctypes.c_int32),
-        ("buffer", ctypes.c_int32),
-        ("offset", ctypes.c_int64),
         ("kind", ctypes.c_char_p),
         ("message", ctypes.c_char_p),
         ("file", ctypes.c_char_p),
-        ("printed", ctypes.c_char_p),
-        ("pc", ctypes.c_void_p),
+        ("line", ctypes.c_int64),
+        ("address", ctypes.c_void_p),
+        ("variable", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("pc", ctypes.c_int64),
+        ("other_pc", ctypes.c_int64),
         ("block", ctypes.c_uint * 3),
         ("thread", ctypes.c_uint * 3),
+        ("other_thread", ctypes.c_uint * 3),
+        ("printed", ctypes.c_char_p),
+        ("counts", Counts),
+        ("recorded", ctypes.c_void_p),
+        ("num_recorded", ctypes.c_uint64),
     )
 
 
@@ -149,9 +324,18 @@ def _argument(value: Any) -> _Argument:
     return _Argument(int(value) if math.isfinite(value) else 0, float(value))
 
 
+def _buffer(value: Any) -> _Buffer:
+    """What a kernel may touch: all of the tensor's storage, as a slice's neighbours are its own
+    tensor's."""
+    if not isinstance(value, torch.Tensor):
+        return _Buffer()
+    storage = value.untyped_storage()
+    return _Buffer(storage.data_ptr(), storage.nbytes())
+
+
 @functools.cache
 def _runtime() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build.runtime()), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(build.runtime()))
     library.nb_emulator_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.nb_emulator_launch.restype = ctypes.c_void_p
     library.nb_emulator_free.argtypes = [ctypes.c_void_p]

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbengine.errors import NbengineError
@@ -45,7 +46,11 @@ _CHECKED = (
     "-O1",
     "-g1",
     "-fsanitize=thread",  # calls the runtime before every access to memory
+    "-fsanitize=alignment,bounds,integer-divide-by-zero",
     "-fno-math-errno",
+    # Nothing that reads memory where the source does not.
+    "-fno-tree-loop-im",
+    "-fno-ssa-phiopt",
 )
 
 
@@ -53,30 +58,98 @@ class NoCompiler(NbengineError, RuntimeError):
     """The emulator needs a C++ compiler or NVIDIA's headers, and this machine has none."""
 
 
-def compile_kernel(source: Source, expression: str, checks: bool) -> Path:
+@dataclass(frozen=True, slots=True)
+class SharedVariable:
+    """A variable of shared memory in a kernel's library, at so many bytes from `nb_anchor`. A
+    dynamic one has the size that the launch says."""
+
+    name: str
+    from_anchor: int
+    num_bytes: int
+    is_dynamic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A compiled kernel; its shared variables where it was compiled with checks."""
+
+    path: Path
+    variables: tuple[SharedVariable, ...] = ()
+
+
+def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     """The library of one kernel. Raises `CompileError` and `NoCompiler`."""
     text = _translation_unit(source, expression)
     flags = (*_COMMON, *(_CHECKED if checks else _FAST))
     headers = "".join(f"{path}\0{text}" for path, text in source.headers())
-    name = f"kernel-{_key(text, headers, str(source.folder), *flags)}.so"
+    key = _key(text, headers, str(source.folder), *flags)
     include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *_nvidia_headers())]
     if source.folder is not None:
         include.append(f"-iquote{source.folder}")
+    wrapped = _WRAPPED if checks and sys.platform != "darwin" else ()
 
     def make(scratch: Path, target: Path) -> None:
-        unit, compiled = scratch / "kernel.cpp", str(scratch / "kernel.o")
+        unit, compiled = scratch / UNIT, str(scratch / "kernel.o")
         unit.write_text(text)
         try:
             _run(
                 *flags, *include, "-include", str(_prelude(flags)), "-c", str(unit), "-o", compiled
             )
-            _run(compiled, str(runtime()), "-shared", "-pthread", "-o", str(target))
+            _run(compiled, str(runtime()), *wrapped, "-shared", "-pthread", "-o", str(target))
         except _Refused as refused:
-            title = f"{source.name}: {expression} does not compile for the emulator"
             log = str(refused)
-            raise CompileError(title, parse_gcc(log), {source.name: source.text}, log) from None
+            said = parse_gcc(log)
+            if (at := log.find(_NO_PTX)) >= 0:
+                said = tuple(replace(d, message=_WHY_NO_PTX) for d in said if _NO_PTX in d.message)
+            title = f"{source.name}: {expression} does not compile for the emulator"
+            raise CompileError(title, said, {source.name: source.text}, log[max(at, 0) :]) from None
 
-    return _made(name, make)
+    library = _made(f"kernel-{key}.so", make)
+    return Library(library, _shared_variables(library, source) if checks else ())
+
+
+UNIT = "emulated_kernel.cpp"
+"""The translation unit: the source, and the entry after it."""
+
+_NO_PTX = "NB_EMULATOR_CANNOT_RUN_INLINE_PTX"
+_WHY_NO_PTX = (
+    "inline PTX can't be emulated: put it into a function of a header that gives the same in C++ "
+    "where NB_EMULATOR is defined, as cuda/include/nb/fast_math.cuh does"
+)
+_WRAPPED = tuple(f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset"))
+
+
+def _shared_variables(library: Path, source: Source) -> tuple[SharedVariable, ...]:
+    """The thread-local symbols of the library."""
+    tool = shutil.which("readelf") or shutil.which("llvm-readelf")
+    if tool is None:
+        raise NoCompiler(
+            "the emulator's checks read a kernel's variables with readelf, which is not on the PATH: "
+            "install binutils (on Linux)"
+        )
+    output = subprocess.run([tool, "-sW", str(library)], capture_output=True, text=True, check=True)
+    symbols = {
+        fields[7]: (int(fields[1], 16), int(fields[2], 0))
+        for fields in map(str.split, output.stdout.splitlines())
+        if len(fields) == 8 and fields[3] == "TLS" and fields[6] != "UND"
+    }
+    anchor, _ = symbols.pop("nb_anchor")
+    dynamic = _dynamic_shared(source)
+    return tuple(
+        SharedVariable(_unmangled(symbol), value - anchor, size, symbol in dynamic)
+        for symbol, (value, size) in symbols.items()
+    )
+
+
+def _unmangled(symbol: str) -> str:
+    """The last name of `_ZZ5scaleIfEvPT_E8partials` (Itanium C++ ABI, 5.1.2): partials."""
+    found = symbol
+    if symbol.startswith("_Z"):
+        for match in re.finditer(r"(?<!\d)\d+", symbol):
+            name = symbol[match.end() : match.end() + int(match[0])]
+            if name.isidentifier():
+                found = name
+    return found
 
 
 @functools.cache
@@ -109,21 +182,24 @@ def _prelude(flags: tuple[str, ...]) -> Path:
 
 def _translation_unit(source: Source, expression: str) -> str:
     name = source.name.replace("\\", "\\\\").replace('"', '\\"')
-    shared = dict.fromkeys(_DYNAMIC_SHARED.findall(_without_comments(source.text)))
     # The name's storage, and the initialisation that C++ expects of a thread_local defined elsewhere.
     storage = "".join(
         f"alignas(1024) thread_local unsigned char nb_dynamic_shared_{i}[{MAX_SHARED_BYTES}] "
         f'__asm__("{_PREFIX}{symbol}");\n'
         f'extern "C" void nb_initialised_{i}() __asm__("{_PREFIX}_ZTH{len(symbol)}{symbol}");\n'
         f'extern "C" void nb_initialised_{i}() {{}}\n'
-        for i, symbol in enumerate(shared)
+        for i, symbol in enumerate(_dynamic_shared(source))
     )
     return (
-        f'#line 1 "{name}"\n{source.text}\n#line 1 "(the emulator\'s entry)"\n{storage}'
-        + _ENTRY.replace("KERNEL", expression).replace(
-            "DYNAMIC", "nb_dynamic_shared_0" if shared else "nullptr"
-        )
+        f'#line 1 "{name}"\n{source.text}\n#line 1 "(the emulator\'s entry)"\n'
+        + storage
+        + _ENTRY.replace("KERNEL", expression)
     )
+
+
+def _dynamic_shared(source: Source) -> tuple[str, ...]:
+    """The names that the source declares `extern __shared__`."""
+    return tuple(dict.fromkeys(_DYNAMIC_SHARED.findall(_without_comments(source.text))))
 
 
 _PREFIX = "_" if sys.platform == "darwin" else ""  # of C names in assembly
@@ -164,7 +240,6 @@ NB_EXPORTED void nb_thread_main(const void* arguments) { nb_call(&KERNEL, argume
 
 thread_local char nb_anchor;
 NB_EXPORTED char* nb_shared_anchor() { return &nb_anchor; }
-NB_EXPORTED char* nb_dynamic_shared() { return (char*)DYNAMIC; }
 """
 
 

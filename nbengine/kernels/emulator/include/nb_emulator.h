@@ -47,7 +47,7 @@ inline dim3 as_dim3(Index index) { return dim3(index.x, index.y, index.z); }
 
 inline long long clock64() { return nb_emulator::nanoseconds(); }
 inline void __nanosleep(unsigned) {}
-inline void __trap(NB_CALLER) { nb_emulator::blame("trap", NB_HERE, "__trap() was called"); }
+__forceinline__ void __trap(NB_CALLER) { nb_emulator::blame("trap", NB_HERE, "__trap() was called"); }
 #define __builtin_assume(condition) ((void)0)
 #define __assume(condition) ((void)0)
 

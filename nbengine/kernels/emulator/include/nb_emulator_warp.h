@@ -39,7 +39,7 @@ void execute_shuffle(void* const* lanes) {
 }
 
 template <Shuffle kind, typename T>
-T shuffle(unsigned mask, T value, int operand, int width, const char* name, Place place) {
+__forceinline__ T shuffle(unsigned mask, T value, int operand, int width, const char* name, Place place) {
   Shuffled<T> mine{value, operand, width, value};
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
     blame("bad argument", place, "%s of width %d: a power of two up to 32 is allowed", name, width);
@@ -72,7 +72,7 @@ void execute_reduction(void* const* lanes) {
 }
 
 template <typename T, typename Op>
-T reduction(unsigned mask, T value, const char* name, Place place) {
+__forceinline__ T reduction(unsigned mask, T value, const char* name, Place place) {
   Word<T> mine{value, value, 0};
   warp_together(mask, &mine, execute_reduction<T, Op>, name, place);
   return mine.result;
@@ -103,7 +103,7 @@ void execute_match(void* const* lanes) {
 }
 
 template <typename T>
-Match<T> match(unsigned mask, T value, const char* name, Place place) {
+__forceinline__ Match<T> match(unsigned mask, T value, const char* name, Place place) {
   Match<T> mine{value, 0, false};
   warp_together(mask, &mine, execute_match<T>, name, place);
   return mine;
@@ -148,73 +148,73 @@ struct BitXor {
 
 }  // namespace nb_emulator
 
-inline void __syncthreads(NB_CALLER) { nb_emulator::block_barrier(false, NB_HERE); }
-inline int __syncthreads_count(int predicate, NB_CALLER) {
+__forceinline__ void __syncthreads(NB_CALLER) { nb_emulator::block_barrier(false, NB_HERE); }
+__forceinline__ int __syncthreads_count(int predicate, NB_CALLER) {
   return static_cast<int>(nb_emulator::block_barrier(predicate != 0, NB_HERE).yes);
 }
-inline int __syncthreads_and(int predicate, NB_CALLER) {
+__forceinline__ int __syncthreads_and(int predicate, NB_CALLER) {
   const nb_emulator::Votes votes = nb_emulator::block_barrier(predicate != 0, NB_HERE);
   return votes.yes == votes.threads;
 }
-inline int __syncthreads_or(int predicate, NB_CALLER) {
+__forceinline__ int __syncthreads_or(int predicate, NB_CALLER) {
   return nb_emulator::block_barrier(predicate != 0, NB_HERE).yes != 0;
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, NB_CALLER) {
+__forceinline__ void __syncwarp(unsigned mask = 0xffffffffu, NB_CALLER) {
   nb_emulator::warp_together(mask, nullptr, nullptr, "__syncwarp", NB_HERE);
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, NB_CALLER) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32, NB_CALLER) {
   using nb_emulator::Shuffle;
   return nb_emulator::shuffle<Shuffle::kIndex>(mask, value, source, width, "__shfl_sync", NB_HERE);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, NB_CALLER) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, NB_CALLER) {
   using nb_emulator::Shuffle;
   return nb_emulator::shuffle<Shuffle::kUp>(mask, value, static_cast<int>(delta), width,
                                             "__shfl_up_sync", NB_HERE);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, NB_CALLER) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, NB_CALLER) {
   using nb_emulator::Shuffle;
   return nb_emulator::shuffle<Shuffle::kDown>(mask, value, static_cast<int>(delta), width,
                                               "__shfl_down_sync", NB_HERE);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, NB_CALLER) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, NB_CALLER) {
   using nb_emulator::Shuffle;
   return nb_emulator::shuffle<Shuffle::kXor>(mask, value, lanes, width, "__shfl_xor_sync", NB_HERE);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, NB_CALLER) {
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate, NB_CALLER) {
   const unsigned mine = predicate != 0 ? 1u << nb_emulator::lane() : 0u;
   return nb_emulator::reduction<unsigned, nb_emulator::BitOr>(mask, mine, "__ballot_sync", NB_HERE);
 }
-inline int __any_sync(unsigned mask, int predicate, NB_CALLER) {
+__forceinline__ int __any_sync(unsigned mask, int predicate, NB_CALLER) {
   return nb_emulator::reduction<int, nb_emulator::BitOr>(mask, predicate != 0, "__any_sync",
                                                          NB_HERE);
 }
-inline int __all_sync(unsigned mask, int predicate, NB_CALLER) {
+__forceinline__ int __all_sync(unsigned mask, int predicate, NB_CALLER) {
   return nb_emulator::reduction<int, nb_emulator::BitAnd>(mask, predicate != 0, "__all_sync",
                                                           NB_HERE);
 }
 // Which lanes run together is the hardware's choice; here each runs alone.
-inline unsigned __activemask() { return 1u << nb_emulator::lane(); }
+__forceinline__ unsigned __activemask() { return 1u << nb_emulator::lane(); }
 
 template <typename T>
-unsigned __match_any_sync(unsigned mask, T value, NB_CALLER) {
+__forceinline__ unsigned __match_any_sync(unsigned mask, T value, NB_CALLER) {
   return nb_emulator::match(mask, value, "__match_any_sync", NB_HERE).same;
 }
 template <typename T>
-unsigned __match_all_sync(unsigned mask, T value, int* predicate, NB_CALLER) {
+__forceinline__ unsigned __match_all_sync(unsigned mask, T value, int* predicate, NB_CALLER) {
   const auto found = nb_emulator::match(mask, value, "__match_all_sync", NB_HERE);
   *predicate = found.all;
   return found.all ? found.same : 0u;
 }
 
 #define NB_REDUCE(name, T, Op)                                             \
-  inline T name(unsigned mask, T value, NB_CALLER) {                       \
+  __forceinline__ T name(unsigned mask, T value, NB_CALLER) {                       \
     return nb_emulator::reduction<T, nb_emulator::Op>(mask, value, #name, NB_HERE); \
   }
 NB_REDUCE(__reduce_add_sync, int, Add)

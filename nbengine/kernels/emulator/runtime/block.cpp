@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include <cstdarg>
 #include <cstdio>
 #include <cstring>
 
@@ -7,41 +8,45 @@ namespace nb_emulator {
 
 thread_local Block* running_block = nullptr;
 
-Block::Block(Grid& grid) : grid(grid) {
-  const unsigned* size = grid.request.block;
-  threads.resize(static_cast<size_t>(size[0]) * size[1] * size[2]);
-  groups_.resize(static_cast<size_t>(warps()));
-  for (size_t i = 0; i < threads.size(); ++i) {
-    const auto number = static_cast<unsigned>(i);
+namespace {
+// Between launches. A fiber costs some system calls, and a block may need a thousand.
+thread_local std::vector<std::unique_ptr<Fiber>> spare_fibers;
+}  // namespace
+
+Block::Block(Grid& grid) : grid(grid), memory(grid.request), fibers_(std::move(spare_fibers)) {
+  const LaunchRequest& request = grid.request;
+  const unsigned *size = request.block, num_threads = size[0] * size[1] * size[2];
+  threads.resize(num_threads);
+  for (unsigned i = 0; i < num_threads; ++i) {
     threads[i].number = static_cast<int>(i);
-    threads[i].index = {number % size[0], number / size[0] % size[1], number / size[0] / size[1]};
+    threads[i].index = {i % size[0], i / size[0] % size[1], i / size[0] / size[1]};
   }
+  live_lanes_.resize((num_threads + kLanes - 1) / kLanes);
+  groups_.resize(live_lanes_.size());
+  for (auto& fiber : fibers_) idle_.push_back(fiber.get());
+  if (request.listeners & kChecks) add_checks(listeners_, request);
+  if (request.listeners & kCounters) add_counters(listeners_, grid);
+  if (request.listeners & kTrace) add_trace(listeners_, grid);
 }
 
-Block::~Block() = default;
+Block::~Block() { spare_fibers = std::move(fibers_); }
 
 void Block::run(uint64_t linear_block) {
   const unsigned* size = grid.request.grid;
   index.x = static_cast<unsigned>(linear_block % size[0]);
   index.y = static_cast<unsigned>(linear_block / size[0] % size[1]);
   index.z = static_cast<unsigned>(linear_block / size[0] / size[1]);
-  for (Thread& thread : threads) {
-    thread.state = Thread::kNew;
-    thread.groups = 0;
-    thread.copies.clear();
-  }
   started_ = waiting_ = 0;
   live_ = threads.size();
   votes_ = {};
-  for (auto& listener : listeners) listener->block_start(*this);
+  std::fill(live_lanes_.begin(), live_lanes_.end(), 0xffffffffu);
+  if (live_ % kLanes != 0) live_lanes_.back() = (1u << live_ % kLanes) - 1;
+  for (auto& listener : listeners_) listener->block_start(*this);
 
   running_block = this;
   fiber_ = idle_fiber();
   nb_emulator_switch(&caller_, fiber_->saved);
   running_block = nullptr;
-  if (!grid.failed.load(std::memory_order_relaxed)) {
-    for (auto& listener : listeners) listener->block_end(*this);
-  }
 }
 
 Fiber* Block::idle_fiber() {
@@ -54,41 +59,58 @@ Fiber* Block::idle_fiber() {
   return fiber;
 }
 
-void Block::fiber_main() { running_block->work(); }
+bool Block::owns_stack_at(const void* address) const {
+  for (const auto& fiber : fibers_) {
+    if (fiber->holds(address)) return true;
+  }
+  return false;
+}
 
-// Every fiber runs this: it starts threads of the block as long as nobody who waited can go on.
+// A fiber may outlive a Block: each time that it goes on, it looks for the one that runs.
+void Block::fiber_main() {
+  for (;;) running_block->work();
+}
+
+// What a fiber does that is not in the middle of a thread.
 void Block::work() {
   Fiber* const me = fiber_;
-  for (;;) {
-    if (!ready_.empty()) {
-      current = ready_.front();
-      ready_.pop_front();
-      idle_.push_back(me);
-      fiber_ = current->fiber;
-      nb_emulator_switch(&me->saved, fiber_->saved);
-    } else if (started_ < threads.size()) {
-      Thread& thread = threads[started_++];
-      thread.fiber = me;
-      thread.state = Thread::kRunning;
-      current = &thread;
-      grid.request.thread_main(grid.request.arguments);
-      exited(thread);
-    } else if (live_ == 0) {
-      idle_.push_back(me);
-      nb_emulator_switch(&me->saved, caller_);
-    } else {
-      deadlock();
-    }
+  if (next_ready_ < ready_.size()) {
+    idle_.push_back(me);
+    resume_next_ready();
+    nb_emulator_switch(&me->saved, fiber_->saved);
+  } else if (started_ < threads.size()) {
+    Thread& thread = threads[started_++];
+    thread.fiber = me;
+    thread.state = Thread::kRunning;
+    thread.committed_groups = 0;
+    thread.copies.clear();
+    current = &thread;
+    grid.request.thread_main(grid.request.arguments);
+    exited(thread);
+  } else if (live_ > 0) {
+    deadlock();
+  } else {
+    settle();
+    for (auto& listener : listeners_) listener->block_end(*this);
+    idle_.push_back(me);
+    nb_emulator_switch(&me->saved, caller_);
+  }
+}
+
+void Block::resume_next_ready() {
+  current = ready_[next_ready_++];
+  fiber_ = current->fiber;
+  if (next_ready_ == ready_.size()) {
+    ready_.clear();
+    next_ready_ = 0;
   }
 }
 
 // Until someone puts the current thread among the ready ones.
 void Block::wait() {
   Fiber* const me = fiber_;
-  if (!ready_.empty()) {
-    current = ready_.front();
-    ready_.pop_front();
-    fiber_ = current->fiber;
+  if (next_ready_ < ready_.size()) {
+    resume_next_ready();
   } else if (started_ < threads.size()) {
     fiber_ = idle_fiber();
   } else {
@@ -98,156 +120,119 @@ void Block::wait() {
 }
 
 void Block::exited(Thread& thread) {
-  if (!thread.copies.empty()) arrive(thread, 0, nullptr);
+  arrive(thread, thread.committed_groups + 1);
+  for (auto& listener : listeners_) listener->thread_end(*this, thread);
   thread.state = Thread::kExited;
   --live_;
-  auto& groups = groups_[static_cast<size_t>(thread.warp())];
-  if (!groups.empty()) {
-    const unsigned live = live_lanes(thread.warp());
-    for (size_t i = 0; i < groups.size();) {
-      if ((groups[i].mask & live & ~groups[i].arrived) == 0) {
-        Group group = groups[i];
-        groups.erase(groups.begin() + static_cast<std::ptrdiff_t>(i));
-        finish(group, thread.warp());
-      } else {
-        ++i;
-      }
-    }
+  const int warp = thread.warp();
+  live_lanes_[static_cast<size_t>(warp)] &= ~(1u << thread.lane());
+  // Whoever waited for this thread alone goes on.
+  auto& groups = groups_[static_cast<size_t>(warp)];
+  for (size_t i = groups.size(); i-- > 0;) {
+    if ((groups[i].mask & live_lanes(warp) & ~groups[i].arrived) != 0) continue;
+    const Group group = groups[i];
+    groups.erase(groups.begin() + static_cast<std::ptrdiff_t>(i));
+    finish(group, warp);
   }
   if (live_ > 0 && waiting_ == live_) release_barrier();
 }
 
-unsigned Block::live_lanes(int warp) {
-  unsigned live = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const Thread* thread = lane_of(warp, lane);
-    if (thread != nullptr && thread->state != Thread::kExited) live |= 1u << lane;
-  }
-  return live;
-}
-
 Votes Block::barrier(bool vote, Place place, const void* pc) {
   Thread& me = *current;
-  me.vote = vote;
+  me.name = "__syncthreads";
   me.place = place;
   me.pc = pc;
-  me.waits_for = "__syncthreads";
+  me.state = Thread::kAtBarrier;
   votes_.threads += 1;
   votes_.yes += vote;
-  me.state = Thread::kAtBarrier;
   if (++waiting_ == live_) {
     release_barrier();
-    // The last to arrive goes on at once: it was put at the end of the ready ones.
-    ready_.pop_back();
-    me.state = Thread::kRunning;
   } else {
     wait();
   }
   return result_;
 }
 
+// The current thread, if it is one of those that wait, goes on at once.
 void Block::release_barrier() {
+  settle();
+  for (auto& listener : listeners_) listener->barrier(*this);
   result_ = votes_;
   votes_ = {};
   waiting_ = 0;
-  Thread* last = nullptr;
   for (Thread& thread : threads) {
     if (thread.state != Thread::kAtBarrier) continue;
     thread.state = Thread::kRunning;
-    if (&thread == current) {
-      last = &thread;
-    } else {
-      ready_.push_back(&thread);
-    }
+    if (&thread != current) ready_.push_back(&thread);
   }
-  if (last != nullptr) ready_.push_back(last);
-  for (auto& listener : listeners) listener->barrier(*this);
 }
 
 void Block::warp_together(unsigned mask, void* arguments, Execute execute, const char* name,
                           Place place, const void* pc) {
   Thread& me = *current;
-  const int warp = me.warp();
+  const unsigned bit = 1u << me.lane();
+  me.name = name;
   me.place = place;
   me.pc = pc;
-  me.waits_for = name;
   me.mask = mask;
-  if ((mask >> me.lane() & 1u) == 0) {
-    fail(&me, "wrong mask", place, pc, "%s with mask 0x%08x is called by lane %d, which is not in it",
-         name, mask, me.lane());
+  if ((mask & bit) == 0) {
+    fail(me, place, pc, {"wrong mask", text("lane %d calls %s with mask 0x%08x, and is not in it",
+                                            me.lane(), name, mask)});
   }
-  auto& groups = groups_[static_cast<size_t>(warp)];
-  size_t at = 0;
-  while (at < groups.size() && (groups[at].mask != mask || groups[at].execute != execute)) ++at;
-  if (at == groups.size()) {
-    groups.emplace_back();
-    groups[at].mask = mask;
-    groups[at].execute = execute;
-    groups[at].name = name;
-  }
-  groups[at].lanes[me.lane()] = arguments;
-  groups[at].arrived |= 1u << me.lane();
   me.state = Thread::kAtWarpOperation;
-  if ((mask & live_lanes(warp) & ~groups[at].arrived) == 0) {
-    Group group = groups[at];
-    groups.erase(groups.begin() + static_cast<std::ptrdiff_t>(at));
-    finish(group, warp);
+  auto& groups = groups_[static_cast<size_t>(me.warp())];
+  auto group = groups.begin();
+  while (group != groups.end() && (group->mask != mask || group->execute != execute)) ++group;
+  if (group == groups.end()) group = groups.insert(group, Group{mask, 0, execute, {}});
+  group->lanes[me.lane()] = arguments;
+  group->arrived |= bit;
+  if ((mask & live_lanes(me.warp()) & ~group->arrived) == 0) {
+    const Group complete = *group;
+    groups.erase(group);
+    finish(complete, me.warp());
   } else {
     wait();
   }
 }
 
-// All lanes of the group are there. The current thread, if it is one of them, goes on at once.
-void Block::finish(Group& group, int warp) {
+// The current thread, if it is one of the group's, goes on at once.
+void Block::finish(const Group& group, int warp) {
   if (group.execute != nullptr) {
-    blamed_warp = lane_of(warp, 0);
-    ++muted;
+    executing_warp = warp;
     group.execute(group.lanes);
-    --muted;
+    executing_warp = -1;
   }
-  for (auto& listener : listeners) {
-    listener->warp_operation(*this, warp, group.arrived, group.name);
-  }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if ((group.arrived >> lane & 1u) == 0) continue;
-    Thread* thread = lane_of(warp, lane);
-    thread->state = Thread::kRunning;
-    if (thread != current) ready_.push_back(thread);
+  for (auto& listener : listeners_) listener->warp_operation(*this, warp, group.arrived);
+  for (unsigned lanes = group.arrived; lanes != 0; lanes &= lanes - 1) {
+    Thread& thread = lane_of(warp, __builtin_ctz(lanes));
+    thread.state = Thread::kRunning;
+    if (&thread != current) ready_.push_back(&thread);
   }
 }
 
 void Block::async_copy(void* target, const void* source, size_t bytes, size_t source_bytes,
                        const void* pc) {
   Thread& me = *current;
-  if (bytes > sizeof(AsyncCopy::data) || source_bytes > bytes) {
-    fail(&me, "bad argument", {}, pc, "cp.async moves up to 16 bytes, not %zu of %zu", source_bytes,
-         bytes);
-  }
-  if (reinterpret_cast<uintptr_t>(target) % bytes != 0 ||
-      (source_bytes != 0 && reinterpret_cast<uintptr_t>(source) % bytes != 0)) {
-    fail(&me, "misaligned", {}, pc, "cp.async of %zu bytes between addresses that are no multiples of it",
-         bytes);
+  const size_t odd = reinterpret_cast<uintptr_t>(target) |
+                     (source_bytes != 0 ? reinterpret_cast<uintptr_t>(source) : 0);
+  if (bytes > sizeof(AsyncCopy::data) || source_bytes > bytes || odd % bytes != 0) {
+    fail(me, {}, pc, {"misaligned", text("cp.async moves 4, 8 or 16 bytes between addresses that are "
+                                         "multiples of that; here %zu", bytes)});
   }
   if (source_bytes != 0) access(&me, source, source_bytes, Access::kRead, pc);
   access(&me, target, bytes, Access::kCopyIssue, pc);
-  AsyncCopy copy{static_cast<char*>(target), bytes, {}, me.groups, pc};
-  std::memcpy(copy.data, source, source_bytes);
-  me.copies.push_back(copy);
+  me.copies.push_back({static_cast<char*>(target), bytes, {}, me.committed_groups, pc});
+  std::memcpy(me.copies.back().data, source, source_bytes);
 }
 
-void Block::async_commit() { ++current->groups; }
-
-void Block::async_wait(int groups_in_flight, const void* pc) {
-  arrive(*current, static_cast<size_t>(groups_in_flight), pc);
+void Block::async_wait(int groups_in_flight) {
+  arrive(*current, current->committed_groups - groups_in_flight);
 }
 
-// All copies of the thread but those of its latest `keep_groups` groups. Copies that no commit has
-// closed into a group yet are not waited for.
-void Block::arrive(Thread& thread, size_t keep_groups, const void* pc) {
-  const bool exits = pc == nullptr;
+void Block::arrive(Thread& thread, int groups_before) {
   size_t kept = 0;
-  for (AsyncCopy& copy : thread.copies) {
-    if (exits || copy.group + static_cast<int>(keep_groups) < thread.groups) {
+  for (const AsyncCopy& copy : thread.copies) {
+    if (copy.group < groups_before) {
       access(&thread, copy.target, copy.bytes, Access::kCopyArrival, copy.pc);
       std::memcpy(copy.target, copy.data, copy.bytes);
     } else {
@@ -259,84 +244,81 @@ void Block::arrive(Thread& thread, size_t keep_groups, const void* pc) {
 
 void Block::access(Thread* thread, const void* address, size_t bytes, Access::Kind kind,
                    const void* pc) {
-  if (listeners.empty()) return;
+  if (listeners_.empty()) return;
   Access access{thread, static_cast<const char*>(address), bytes, kind, pc};
-  for (auto& listener : listeners) listener->access(*this, access);
+  memory.locate(access);
+  for (auto& listener : listeners_) listener->access(*this, access);
 }
 
-// Nobody is ready and all have started: whoever waits now waits for ever.
+// Nobody is ready and all have started, so those that wait do so for ever. Threads at the barrier
+// alone would have passed it: some lane waits for its warp.
 void Block::deadlock() {
-  const Thread* here = nullptr;  // a thread that waits for the warp or, if there is none, the block
-  const Thread* there = nullptr;
-  for (const Thread& thread : threads) {
-    if (thread.state == Thread::kAtWarpOperation && here == nullptr) here = &thread;
+  const Thread* waits = &threads[0];
+  while (waits->state != Thread::kAtWarpOperation) ++waits;
+  const Thread* missing = nullptr;
+  for (unsigned lanes = waits->mask & live_lanes(waits->warp()); lanes != 0; lanes &= lanes - 1) {
+    const Thread& other = lane_of(waits->warp(), __builtin_ctz(lanes));
+    const bool here = other.state == waits->state && other.mask == waits->mask &&
+                      other.name == waits->name;
+    if (!here) missing = &other;
   }
-  if (here != nullptr) {
-    const unsigned missing =
-        here->mask & live_lanes(here->warp());
-    for (int lane = 0; lane < kLanes && there == nullptr; ++lane) {
-      const Thread* other = lane_of(here->warp(), lane);
-      if ((missing >> lane & 1u) == 0 || other == here) continue;
-      if (other->state != here->state || other->waits_for != here->waits_for ||
-          other->mask != here->mask) {
-        there = other;
-      }
-    }
-    if (there != nullptr && there->state == Thread::kAtWarpOperation) {
-      fail(const_cast<Thread*>(here), "divergent warp operation", here->place, here->pc,
-           "%s with mask 0x%08x waits for lane %d for ever, which waits at %s with mask 0x%08x, "
-           "line %d",
-           here->waits_for, here->mask, there->lane(), there->waits_for, there->mask,
-           there->place.line);
-    }
-    fail(const_cast<Thread*>(here), "divergent warp operation", here->place, here->pc,
-         "%s with mask 0x%08x waits for lane %d for ever, which waits at %s, line %d",
-         here->waits_for, here->mask, there ? there->lane() : -1,
-         there ? there->waits_for : "nothing", there ? there->place.line : 0);
+  std::string where = "does not";
+  if (missing != nullptr) {
+    where = text("%d waits for ever in %s, line %d", missing->lane(), missing->name,
+                 missing->place.line);
+    if (missing->state == Thread::kAtWarpOperation) where += text(", mask 0x%08x", missing->mask);
   }
-  for (const Thread& thread : threads) {
-    if (thread.state == Thread::kAtBarrier && here == nullptr) here = &thread;
-  }
-  fail(const_cast<Thread*>(here), "divergent barrier", here->place, here->pc,
-       "__syncthreads waits for ever");
+  fail(*waits, waits->place, waits->pc,
+       {"divergence", text("%s with mask 0x%08x needs all lanes of the mask, but lane %s",
+                           waits->name, waits->mask, where.c_str())});
 }
 
-void Block::fail(Thread* thread, const char* kind, Place place, const void* pc, const char* format,
-                 ...) {
-  char text[512];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  Error error;
-  error.kind = kind;
-  error.message = text;
-  error.file = place.file ? place.file : "";
+void Block::suspect(const Access& access, Error error) {
+  if (suspected_.thread != nullptr) return;
+  suspected_ = access;
+  suspicion_ = std::move(error);
+}
+
+void Block::settle() {
+  if (suspected_.thread != nullptr) fail(*suspected_.thread, {}, suspected_.pc, suspicion_);
+}
+
+void Block::fail(const Thread& thread, Place place, const void* pc, Error error) {
+  if (suspected_.thread != nullptr && error.kind != "race") {
+    const Access access = suspected_;
+    suspected_.thread = nullptr;
+    fail(*access.thread, {}, access.pc, suspicion_);
+  }
+  error.file = place.file != nullptr ? place.file : "";
   error.line = place.line;
   error.pc = pc;
-  error.thread = thread->index;
-  fail(std::move(error));
-}
-
-void Block::fail(Error error) {
   error.block = index;
+  error.thread = thread.index;
   grid.fail(std::move(error));
-  leave();
-}
 
-// Back to the caller of run(). What the fibers did is forgotten with their stacks.
-void Block::leave() {
+  // Back to the caller of run(). What the fibers did is forgotten with their stacks: this one too, as
+  // only its outermost frame is written over.
   ready_.clear();
-  idle_.clear();
+  next_ready_ = 0;
   for (auto& groups : groups_) groups.clear();
-  muted = 0;
+  executing_warp = -1;
+  idle_.clear();
   for (auto& fiber : fibers_) {
-    fiber->reset();  // this stack's too: only its outermost frame is written over
+    fiber->reset();
     idle_.push_back(fiber.get());
   }
   void* forgotten;
   nb_emulator_switch(&forgotten, caller_);
   __builtin_unreachable();
+}
+
+std::string text(const char* format, ...) {
+  char written[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(written, sizeof written, format, arguments);
+  va_end(arguments);
+  return written;
 }
 
 }  // namespace nb_emulator

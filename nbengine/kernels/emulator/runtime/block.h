@@ -7,15 +7,12 @@
 
 #pragma once
 
-#include <cstdarg>
-#include <deque>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "events.h"
 #include "fiber.h"
-#include "launch.h"
+#include "memory.h"
 
 namespace nb_emulator {
 
@@ -30,19 +27,21 @@ struct AsyncCopy {
 };
 
 struct Thread {
-  enum State : uint8_t { kNew, kRunning, kAtBarrier, kAtWarpOperation, kExited };
+  enum State : uint8_t { kRunning, kAtBarrier, kAtWarpOperation, kExited };
 
   Fiber* fiber = nullptr;
   Index index{};
   int number = 0;  // in its block
-  State state = kNew;
-  bool vote = false;
-  Place place{};         // of what it waits for
-  const char* waits_for = "";
+  State state = kRunning;
+
+  // Of what it waits for, or last waited for.
+  const char* name = "";
+  Place place{};
   const void* pc = nullptr;
-  unsigned mask = 0;     // of the warp operation it waits for
-  int groups = 0;        // of asynchronous copies that were committed
-  std::vector<AsyncCopy> copies;
+  unsigned mask = 0;
+
+  int committed_groups = 0;
+  std::vector<AsyncCopy> copies;  // that have not arrived
 
   int lane() const { return number % kLanes; }
   int warp() const { return number / kLanes; }
@@ -56,69 +55,76 @@ class Block {
   // Runs one block of the grid, to its end or to the launch's first error.
   void run(uint64_t linear_block);
 
+  // What the kernel's calls come to, for the current thread.
   Votes barrier(bool vote, Place place, const void* pc);
   void warp_together(unsigned mask, void* arguments, Execute execute, const char* name, Place place,
                      const void* pc);
   void async_copy(void* target, const void* source, size_t bytes, size_t source_bytes,
                   const void* pc);
-  void async_commit();
-  void async_wait(int groups_in_flight, const void* pc);
+  void async_commit() { ++current->committed_groups; }
+  void async_wait(int groups_in_flight);
 
-  // An access by the running thread, or by `thread`, told to the listeners.
+  // Tells the listeners of an access.
   void access(Thread* thread, const void* address, size_t bytes, Access::Kind kind, const void* pc);
 
-  // Ends the launch with an error. Never returns: the block is left as it stands.
-  [[noreturn]] void fail(Error error);
-  [[noreturn]] void fail(Thread* thread, const char* kind, Place place, const void* pc,
-                         const char* format, ...) __attribute__((format(printf, 6, 7)));
+  // Ends the launch with an error that blames `thread`, at `place` or, where that has no file, at
+  // `pc`. The block is left as it stands.
+  [[noreturn]] void fail(const Thread& thread, Place place, const void* pc, Error error);
+
+  // An error that may yet show itself as a race, which says more: at the next barrier, the block's
+  // end, or in place of an error that may follow from it. The first is kept.
+  void suspect(const Access& access, Error error);
 
   Grid& grid;
   Index index{};
   std::vector<Thread> threads;
   Thread* current = nullptr;
-  Thread* blamed_warp = nullptr;  // a lane of the warp whose operation executes
-  int muted = 0;                  // accesses that are the emulator's own
+  int executing_warp = -1;  // whose operation is executed right now, for all its lanes
+  Memory memory;
 
-  int warps() const { return (static_cast<int>(threads.size()) + kLanes - 1) / kLanes; }
-  Thread* lane_of(int warp, int lane) {
-    const size_t number = static_cast<size_t>(warp) * kLanes + lane;
-    return number < threads.size() ? &threads[number] : nullptr;
-  }
-  // The lanes of a warp that there are, and have not exited.
-  unsigned live_lanes(int warp);
-
-  std::vector<std::unique_ptr<Listener>> listeners;
+  int num_warps() const { return static_cast<int>(live_lanes_.size()); }
+  Thread& lane_of(int warp, int lane) { return threads[static_cast<size_t>(warp) * kLanes + lane]; }
+  unsigned live_lanes(int warp) const { return live_lanes_[static_cast<size_t>(warp)]; }
+  bool owns_stack_at(const void* address) const;  // of any thread
 
  private:
-  struct Group {  // lanes waiting for a warp operation
-    unsigned mask = 0, arrived = 0;
-    Execute execute = nullptr;
-    const char* name = "";
-    void* lanes[kLanes] = {};
+  struct Group {  // lanes that wait for a warp operation
+    unsigned mask, arrived;
+    Execute execute;
+    void* lanes[kLanes];
   };
 
   static void fiber_main();
-  [[noreturn]] void work();
+  void work();
   Fiber* idle_fiber();
+  void resume_next_ready();
   void wait();
   void exited(Thread& thread);
   void release_barrier();
-  void finish(Group& group, int warp);
-  void arrive(Thread& thread, size_t keep_groups, const void* pc);
+  void finish(const Group& group, int warp);
+  void arrive(Thread& thread, int groups_before);
   [[noreturn]] void deadlock();
-  [[noreturn]] void leave();
+  void settle();
 
+  ListenerList listeners_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> idle_;
   Fiber* fiber_ = nullptr;  // the running one
   void* caller_ = nullptr;  // the stack that called run()
-  std::deque<Thread*> ready_;
+  std::vector<Thread*> ready_;  // a queue, from next_ready_ on
+  size_t next_ready_ = 0;
   size_t started_ = 0, live_ = 0, waiting_ = 0;
   Votes votes_{}, result_{};
+  Access suspected_{};  // of no thread: none
+  Error suspicion_;
+  std::vector<unsigned> live_lanes_;        // by warp
   std::vector<std::vector<Group>> groups_;  // by warp
 };
 
-// The block that runs on this thread of the operating system.
+// The block that runs on this thread of the operating system, or null.
 extern thread_local Block* running_block;
+
+// In printf's words.
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace nb_emulator

@@ -1,14 +1,14 @@
 // The stream of events of a running block, and what listens to it.
 //
-// Checks, counters and recordings are listeners. A block calls them in turn, on the thread of the
+// Checks, counters and recordings are listeners. A block tells them in turn, on the thread of the
 // operating system that runs it; each such thread has listeners of its own.
 
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <memory>
+#include <vector>
 
-#include "../include/nb_emulator_runtime.h"
+#include "launch.h"
 
 namespace nb_emulator {
 
@@ -17,21 +17,19 @@ class Block;
 
 struct Access {
   enum Kind : uint8_t { kRead, kWrite, kAtomic, kCopyIssue, kCopyArrival };
-  enum Space : uint8_t { kGlobal, kShared, kOther };
+  enum Space : uint8_t { kNowhere, kGlobal, kShared, kConstant };
 
   Thread* thread;
   const char* address;
   size_t bytes;
   Kind kind;
-  const void* pc;  // an address of the instruction after it
+  const void* pc;  // the address that the call which announced it returns to
 
-  // Where it goes, as the block's map of memory says. `buffer` counts the launch's buffers for
-  // kGlobal and the kernel's shared variables for kShared; -1 is an address in none.
-  Space space = kOther;
+  // Where it goes: `buffer` counts the launch's buffers, or its shared variables, and `offset` is
+  // the address's in there.
+  Space space = kNowhere;
   int buffer = -1;
-  size_t offset = 0;  // of the address, into the buffer
-
-  bool writes() const { return kind != kRead; }
+  size_t offset = 0;
 };
 
 class Listener {
@@ -39,10 +37,18 @@ class Listener {
   virtual ~Listener() = default;
   virtual void block_start(Block&) {}
   virtual void access(Block&, const Access&) {}
-  // Those threads have all arrived, and go on.
+  // All threads of the block that have not exited are here, and go on.
   virtual void barrier(Block&) {}
-  virtual void warp_operation(Block&, int /*warp*/, unsigned /*mask*/, const char* /*name*/) {}
+  // So do these lanes of a warp.
+  virtual void warp_operation(Block&, int /*warp*/, unsigned /*lanes*/) {}
+  virtual void thread_end(Block&, Thread&) {}
   virtual void block_end(Block&) {}
 };
+
+using ListenerList = std::vector<std::unique_ptr<Listener>>;
+
+void add_checks(ListenerList& list, const LaunchRequest& request);
+void add_counters(ListenerList& list, Grid& grid);
+void add_trace(ListenerList& list, Grid& grid);
 
 }  // namespace nb_emulator

@@ -19,7 +19,10 @@ class Fiber {
   // Forget what ran here: the next switch calls the entry anew.
   void reset();
 
-  char* stack() const { return stack_; }
+  bool holds(const void* address) const {
+    return static_cast<size_t>(static_cast<const char*>(address) - stack_) < kStackBytes;
+  }
+
   static constexpr size_t kStackBytes = 256 << 10;  // of address space; pages come when touched
 
   void* saved = nullptr;

@@ -2,21 +2,14 @@
 
 #include "launch.h"
 
+#include <unistd.h>
+
 #include <condition_variable>
-#include <cstring>
-#include <functional>
-#include <memory>
 #include <thread>
 
 #include "block.h"
 
 namespace nb_emulator {
-
-void Grid::fail(Error given) {
-  const std::lock_guard lock(mutex);
-  if (failed.exchange(true)) return;
-  error = std::move(given);
-}
 
 namespace {
 
@@ -31,6 +24,62 @@ void run_blocks(Grid& grid) {
   }
 }
 
+// Threads that wait for launches to help with. They end with the process.
+class Helpers {
+ public:
+  // Runs the grid on the calling thread and up to `wanted` helpers. A second launch at the same time
+  // runs on its caller alone.
+  void run(Grid& grid, unsigned wanted) {
+    const std::unique_lock launch(launch_, std::try_to_lock);
+    if (!launch.owns_lock() || wanted == 0) return run_blocks(grid);
+    {
+      const std::lock_guard lock(mutex_);
+      for (; started_ < wanted; ++started_) std::thread(&Helpers::help, this).detach();
+      grid_ = &grid;
+      wanted_ = wanted;
+    }
+    changed_.notify_all();
+    run_blocks(grid);
+    std::unique_lock lock(mutex_);
+    wanted_ = 0;
+    changed_.wait(lock, [&] { return busy_ == 0; });
+  }
+
+ private:
+  void help() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [&] { return wanted_ > 0; });
+      --wanted_;
+      ++busy_;
+      Grid& grid = *grid_;
+      lock.unlock();
+      run_blocks(grid);
+      lock.lock();
+      --busy_;
+      changed_.notify_all();
+    }
+  }
+
+  std::mutex launch_, mutex_;
+  std::condition_variable changed_;
+  Grid* grid_ = nullptr;
+  unsigned started_ = 0, wanted_ = 0, busy_ = 0;
+};
+
+// A forked process has none of its parent's threads, so it gets helpers of its own.
+Helpers& helpers() {
+  static std::mutex mutex;
+  static Helpers* found = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard lock(mutex);
+  if (owner != getpid()) {
+    owner = getpid();
+    found = new Helpers;
+  }
+  return *found;
+}
+
 }  // namespace
 
 }  // namespace nb_emulator
@@ -39,37 +88,50 @@ using namespace nb_emulator;
 
 // What Python reads of a launch, in the layout of `_Result` there. It lives as long as the Grid.
 struct Result {
-  uint32_t failed;
-  int32_t line, buffer;
-  int64_t offset;
-  const char *kind, *message, *file, *printed;
-  const void* pc;
-  unsigned block[3], thread[3];
+  const char *kind, *message, *file;  // kind is null where all went well
+  int64_t line;
+  const char* address;
+  int64_t variable, offset, pc, other_pc;  // pcs from the kernel library's start, 0 for none
+  unsigned block[3], thread[3], other_thread[3];
+  const char* printed;
+  Counts counts;
+  const Recorded* recorded;
+  uint64_t num_recorded;
 };
 
 extern "C" Grid* nb_emulator_launch(const LaunchRequest* request, Result* result) {
   auto* grid = new Grid(*request);
-  std::vector<std::thread> helpers;
   const uint64_t blocks =
       static_cast<uint64_t>(request->grid[0]) * request->grid[1] * request->grid[2];
-  for (uint64_t i = 1; i < request->num_os_threads && i < blocks; ++i) {
-    helpers.emplace_back(run_blocks, std::ref(*grid));
-  }
-  run_blocks(*grid);
-  for (std::thread& helper : helpers) helper.join();
+  const uint64_t threads = request->num_os_threads < blocks ? request->num_os_threads : blocks;
+  helpers().run(*grid, static_cast<unsigned>(threads - 1));
 
+  const char* library = library_of(reinterpret_cast<void*>(request->thread_main));
+  const auto in_library = [&](const void* pc) {
+    return pc != nullptr ? static_cast<const char*>(pc) - library : 0;
+  };
+  const auto copy = [](const Index& from, unsigned* to) {
+    to[0] = from.x;
+    to[1] = from.y;
+    to[2] = from.z;
+  };
   const Error& error = grid->error;
-  *result = {grid->failed,
-             error.line,
-             error.buffer,
-             error.offset,
-             error.kind.c_str(),
-             error.message.c_str(),
-             error.file.c_str(),
-             grid->printed.c_str(),
-             error.pc,
-             {error.block.x, error.block.y, error.block.z},
-             {error.thread.x, error.thread.y, error.thread.z}};
+  result->kind = grid->failed ? error.kind.c_str() : nullptr;
+  result->message = error.message.c_str();
+  result->file = error.file.c_str();
+  result->line = error.line;
+  result->address = error.address;
+  result->variable = error.variable;
+  result->offset = error.offset;
+  result->pc = in_library(error.pc);
+  result->other_pc = in_library(error.other_pc);
+  copy(error.block, result->block);
+  copy(error.thread, result->thread);
+  copy(error.other_thread, result->other_thread);
+  result->printed = grid->printed.c_str();
+  result->counts = grid->counts;
+  result->recorded = grid->recorded.data();
+  result->num_recorded = grid->recorded.size();
   return grid;
 }
 

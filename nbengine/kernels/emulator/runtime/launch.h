@@ -8,61 +8,91 @@
 #include <string>
 #include <vector>
 
-#include "events.h"
+#include "../include/nb_emulator_runtime.h"
 
 namespace nb_emulator {
-
-struct Error {
-  std::string kind, message, file;
-  int line = 0;
-  const void* pc = nullptr;
-  Index block{}, thread{};
-  int buffer = -1;  // of the launch, or -2 - n for the kernel's shared variable n
-  int64_t offset = 0;
-};
 
 // A tensor's memory that the kernel may touch.
 struct Buffer {
   const char* begin;
-  size_t bytes;
+  uint64_t bytes;
 };
 
-// A variable of shared memory: at `offset` into the kernel library's thread-local data.
+// A variable of shared memory, so far from the anchor in the kernel library's thread-local data.
 struct SharedVariable {
-  size_t offset;
-  size_t bytes;
+  int64_t from_anchor;
+  uint64_t bytes;
 };
 
-// What Python gives, in the layout of `_Launch` there.
+enum Listeners : uint32_t { kChecks = 1, kCounters = 2, kTrace = 4 };
+
+// What Python asks for, in the layout of `_Launch` there.
 struct LaunchRequest {
   void (*thread_main)(const void* arguments);
   const void* arguments;
-  char* (*shared_anchor)();  // an address in the kernel library's thread-local data
-  char* (*dynamic_shared)();
+  char* (*shared_anchor)();
   unsigned grid[3];
   unsigned block[3];
-  uint64_t shared_bytes;
   const Buffer* buffers;
   uint64_t num_buffers;
   const SharedVariable* variables;
   uint64_t num_variables;
   uint32_t num_os_threads;
-  uint32_t listeners;  // bits of kChecks, kCounters, kTrace
+  uint32_t listeners;      // of the enum
+  unsigned traced_block[3];
 };
 
-enum : uint32_t { kChecks = 1, kCounters = 2, kTrace = 4 };
+// What ended a launch. `message` may hold {address} and {other}, which Python puts into words.
+struct Error {
+  std::string kind{}, message{}, file{};
+  int line = 0;
+  const void* pc = nullptr;  // where file is empty
+  Index block{}, thread{};
+  const char* address = nullptr;
+  int variable = -1;  // of shared memory, where the address is in or near one, and how far from its start
+  int64_t offset = 0;
+  const void* other_pc = nullptr;
+  Index other_thread{};
+};
+
+// Sums over the launch; see `Counters` in Python for what each means.
+struct Counts {
+  uint64_t global_reads, global_writes, sectors_read, sectors_written;
+  uint64_t shared_accesses, bank_conflicts, divergent, barriers, warp_operations;
+};
+
+// One entry of a recording, in the layout of `TRACE` in Python.
+struct Recorded {
+  uint32_t thread;
+  uint32_t event;      // an Access::Kind; 8 for a barrier, 9 for a warp operation
+  int32_t space;       // an Access::Space
+  int32_t buffer;
+  uint64_t offset;
+  uint32_t bytes;
+  uint32_t epoch;      // barriers before it
+  uint64_t pc;         // from the kernel library's start
+};
 
 struct Grid {
   explicit Grid(const LaunchRequest& request) : request(request) {}
 
-  void fail(Error error);
+  // The first error is kept.
+  void fail(Error given) {
+    const std::lock_guard lock(mutex);
+    if (!failed.exchange(true)) error = std::move(given);
+  }
 
   const LaunchRequest& request;
   std::atomic<uint64_t> next_block{0};
   std::atomic<bool> failed{false};
-  std::mutex mutex;
+  std::mutex mutex;  // of what follows
   Error error;
   std::string printed;
+  Counts counts{};
+  std::vector<Recorded> recorded;
 };
+
+// Where the library that holds this code or data starts; null for other memory.
+const char* library_of(const void* address);
 
 }  // namespace nb_emulator

@@ -1,0 +1,294 @@
+// The checks: listeners that end the launch when a kernel does what CUDA leaves undefined.
+
+#include <cstring>
+
+#include "block.h"
+
+namespace nb_emulator {
+
+namespace {
+
+const char* verb(Access::Kind kind) {
+  switch (kind) {
+    case Access::kRead: return "reads";
+    case Access::kWrite: return "writes";
+    case Access::kAtomic: return "atomically changes";
+    default: return "copies asynchronously to";
+  }
+}
+
+Error wrong(const Block& block, const char* kind, const char* address, std::string message) {
+  Error error{kind, std::move(message)};
+  error.address = address;
+  error.variable = block.memory.nearest_shared(address, &error.offset);
+  return error;
+}
+
+[[noreturn]] void fail(Block& block, const Access& access, const Error& error) {
+  block.fail(*access.thread, {}, access.pc, error);
+}
+
+// Every access lies in a tensor that was passed, in a shared variable, or in a constant.
+class Bounds : public Listener {
+ public:
+  void access(Block& block, const Access& access) override {
+    if (access.space != Access::kNowhere) return;
+    if (block.owns_stack_at(access.address)) {
+      fail(block, access, {"out of bounds", text("%s a local variable of another thread",
+                                                 verb(access.kind))});
+    }
+    fail(block, access, wrong(block, "out of bounds", access.address,
+                              text("%s %zu bytes at {address}", verb(access.kind), access.bytes)));
+  }
+};
+
+// All threads wait at the same barrier of the source.
+class OneBarrier : public Listener {
+ public:
+  void barrier(Block& block) override {
+    const Thread* first = nullptr;
+    for (const Thread& thread : block.threads) {
+      if (thread.state != Thread::kAtBarrier) continue;
+      if (first == nullptr) first = &thread;
+      if (thread.place.line == first->place.line &&
+          (thread.place.file == first->place.file ||
+           std::strcmp(thread.place.file, first->place.file) == 0)) {
+        continue;
+      }
+      Error error{"divergence", "not all threads of the block reach this __syncthreads(): {other} "
+                                "waits at another one"};
+      error.other_pc = thread.pc;
+      error.other_thread = thread.index;
+      block.fail(*first, first->place, first->pc, std::move(error));
+    }
+  }
+};
+
+// No byte of shared memory is read that nothing wrote, or that an asynchronous copy has yet to write.
+class Initialised : public Listener {
+ public:
+  void block_start(Block& block) override { state_.assign(block.memory.shared_bytes(), kNothing); }
+
+  void access(Block& block, const Access& access) override {
+    if (access.space != Access::kShared) return;
+    uint8_t* state = &state_[block.memory.shared_start(access.buffer) + access.offset];
+    const bool arrives = access.kind == Access::kCopyArrival;
+    for (size_t i = 0; i < access.bytes; ++i) {
+      if (state[i] == kInFlight && !arrives) in_flight(block, access);
+      if (state[i] == kNothing && (access.kind == Access::kRead || access.kind == Access::kAtomic)) {
+        block.suspect(access, wrong(block, "uninitialised", access.address + i,
+                                    text("%s {address}, which nothing in this block has written",
+                                         verb(access.kind))));
+        break;
+      }
+    }
+    if (access.kind == Access::kRead) return;
+    std::memset(state, access.kind == Access::kCopyIssue ? kInFlight : kWritten, access.bytes);
+  }
+
+ private:
+  enum State : uint8_t { kNothing, kWritten, kInFlight };
+
+  [[noreturn]] void in_flight(Block& block, const Access& access) {
+    Error error = wrong(block, "unfinished copy", access.address,
+                        text("%s {address}, where the asynchronous copy of {other} has not been "
+                             "waited for", verb(access.kind)));
+    for (const Thread& thread : block.threads) {
+      for (const AsyncCopy& copy : thread.copies) {
+        if (access.address >= copy.target + copy.bytes) continue;
+        if (copy.target >= access.address + access.bytes) continue;
+        error.other_thread = thread.index;
+        error.other_pc = copy.pc;
+      }
+    }
+    fail(block, access, error);
+  }
+
+  std::vector<uint8_t> state_;
+};
+
+// No two threads touch a byte of shared memory, one of them writing it, without a barrier between.
+//
+// What orders two accesses of different threads: a __syncthreads between them, and within a warp any
+// chain of operations (__syncwarp, shuffles, votes, ...) that leads from one lane to the other. The
+// latter is kept as vector clocks over a warp's lanes (Fidge 1988, Mattern 1989), the last accesses
+// to each granule of memory as in FastTrack (Flanagan and Freund 2009), with two readers at most: the
+// latest of the first warp that read, and the latest of the others. Threads that write the value that is there already do no harm.
+class Races : public Listener {
+ public:
+  void block_start(Block& block) override {
+    settle(block);
+    ++epoch_;
+    warps_.assign(static_cast<size_t>(block.num_warps()), Warp());
+    const size_t variables = block.memory.shared().size();
+    if (granules_.size() == variables) return;
+    granules_.assign(variables, 16);
+    cells_.resize(variables);
+    for (size_t i = 0; i < variables; ++i) {
+      cells_[i].assign((block.memory.shared()[i].bytes + 15) / 16, Cell());
+    }
+  }
+
+  void access(Block& block, const Access& access) override {
+    settle(block);
+    if (access.space != Access::kShared) return;
+    const auto variable = static_cast<size_t>(access.buffer);
+    size_t& granule = granules_[variable];
+    const size_t fits = access.offset | access.bytes;
+    if ((fits & (granule - 1)) != 0) refine(variable, fits & (~fits + 1));
+    auto& cells = cells_[variable];
+    for (size_t at = access.offset / granule; at < (access.offset + access.bytes) / granule; ++at) {
+      touch(block, access, cells[at], block.memory.shared()[variable].begin + at * granule);
+    }
+  }
+
+  void barrier(Block& block) override {
+    settle(block);
+    ++epoch_;
+  }
+
+  void warp_operation(Block& block, int number, unsigned lanes) override {
+    settle(block);
+    Warp& warp = warps_[static_cast<size_t>(number)];
+    uint32_t joined[kLanes] = {};
+    for (unsigned left = lanes; left != 0; left &= left - 1) {
+      const int lane = __builtin_ctz(left);
+      for (int i = 0; i < kLanes; ++i) {
+        const uint32_t seen = i == lane ? warp.clock[i] : warp.seen[lane][i];
+        joined[i] = joined[i] > seen ? joined[i] : seen;
+      }
+    }
+    for (unsigned left = lanes; left != 0; left &= left - 1) {
+      const int lane = __builtin_ctz(left);
+      std::memcpy(warp.seen[lane], joined, sizeof joined);
+      ++warp.clock[lane];
+    }
+  }
+
+  void thread_end(Block& block, Thread&) override { settle(block); }
+
+ private:
+  struct Stamp {
+    uint32_t clock = 0;  // of the thread in its warp; 0 for no access
+    uint32_t pc = 0;     // from the kernel library's start
+    uint16_t thread = 0;
+  };
+  struct Cell {
+    uint32_t epoch = 0;  // of the stamps; older ones are ordered before everything now
+    bool atomic = false;  // the write
+    Stamp write, reads[2];
+  };
+  struct Warp {
+    Warp() { std::fill(clock, clock + kLanes, 1); }
+    uint32_t clock[kLanes];
+    uint32_t seen[kLanes][kLanes] = {};
+  };
+
+  bool ordered(const Stamp& before, const Thread& now) const {
+    if (before.clock == 0 || before.thread == now.number) return true;
+    if (before.thread / kLanes != now.warp()) return false;
+    const Warp& warp = warps_[static_cast<size_t>(now.warp())];
+    return warp.seen[now.lane()][before.thread % kLanes] >= before.clock;
+  }
+
+  void touch(Block& block, const Access& access, Cell& cell, const char* address) {
+    const Thread& me = *access.thread;
+    if (cell.epoch != epoch_) {
+      cell = Cell();
+      cell.epoch = epoch_;
+    }
+    const bool atomic = access.kind == Access::kAtomic;
+    if (!ordered(cell.write, me) && !(atomic && cell.atomic)) {
+      if (access.kind == Access::kWrite && !cell.atomic) {
+        suspect(block, access, cell.write, address);
+      } else {
+        report(block, access, cell.write, address, cell.atomic ? "atomically changes" : "writes");
+      }
+    }
+    if (access.kind != Access::kRead) {
+      for (const Stamp& read : cell.reads) {
+        if (!ordered(read, me)) report(block, access, read, address, "reads");
+      }
+    }
+    const Stamp mine{warps_[static_cast<size_t>(me.warp())].clock[me.lane()],
+                     static_cast<uint32_t>(static_cast<const char*>(access.pc) - library(block)),
+                     static_cast<uint16_t>(me.number)};
+    if (access.kind == Access::kRead) {
+      const bool same_warp = cell.reads[0].clock == 0 || cell.reads[0].thread / kLanes == me.warp();
+      cell.reads[same_warp ? 0 : 1] = mine;
+    } else {
+      cell.write = mine;
+      cell.atomic = atomic;
+    }
+  }
+
+  // Cells of `granule` bytes, each as the larger one that held it.
+  void refine(size_t variable, size_t granule) {
+    const size_t parts = granules_[variable] / granule;
+    std::vector<Cell> finer;
+    finer.reserve(cells_[variable].size() * parts);
+    for (const Cell& cell : cells_[variable]) finer.insert(finer.end(), parts, cell);
+    cells_[variable] = std::move(finer);
+    granules_[variable] = granule;
+  }
+
+  const char* library(Block& block) {
+    if (library_ == nullptr) {
+      library_ = library_of(reinterpret_cast<void*>(block.grid.request.thread_main));
+    }
+    return library_;
+  }
+
+  Error race(Block& block, const Access& access, const Stamp& before, const char* address,
+             const char* did) {
+    Error error = wrong(block, "race", address,
+                        text("%s {address}, which {other} %s with no barrier between the two",
+                             verb(access.kind), did));
+    error.other_thread = block.threads[before.thread].index;
+    error.other_pc = library(block) + before.pc;
+    return error;
+  }
+
+  [[noreturn]] void report(Block& block, const Access& access, const Stamp& before,
+                           const char* address, const char* did) {
+    fail(block, access, race(block, access, before, address, did));
+  }
+
+  // A second write, told before it is made: the next event shows whether it changes anything.
+  void suspect(Block& block, const Access& access, const Stamp& before, const char* address) {
+    if (suspected_.thread != nullptr) return;
+    suspected_ = access;
+    value_.assign(access.address, access.address + access.bytes);
+    suspicion_ = race(block, access, before, address, "writes");
+  }
+
+  void settle(Block& block) {
+    if (suspected_.thread == nullptr) return;
+    const Access access = suspected_;
+    suspected_.thread = nullptr;
+    if (std::memcmp(access.address, value_.data(), access.bytes) != 0) {
+      fail(block, access, suspicion_);
+    }
+  }
+
+  uint32_t epoch_ = 0;
+  std::vector<Warp> warps_;
+  std::vector<size_t> granules_;          // bytes of a cell, by variable
+  std::vector<std::vector<Cell>> cells_;  // by variable
+  const char* library_ = nullptr;
+
+  Access suspected_{};  // of no thread: none
+  std::vector<char> value_;  // before it
+  Error suspicion_;
+};
+
+}  // namespace
+
+void add_checks(ListenerList& list, const LaunchRequest&) {
+  list.push_back(std::make_unique<Bounds>());
+  list.push_back(std::make_unique<OneBarrier>());
+  list.push_back(std::make_unique<Initialised>());
+  list.push_back(std::make_unique<Races>());
+}
+
+}  // namespace nb_emulator

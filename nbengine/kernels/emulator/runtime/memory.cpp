@@ -1,0 +1,61 @@
+#include "memory.h"
+
+#include <dlfcn.h>
+
+namespace nb_emulator {
+
+const char* library_of(const void* address) {
+  Dl_info info;
+  if (dladdr(address, &info) == 0) return nullptr;
+  return static_cast<const char*>(info.dli_fbase);
+}
+
+Memory::Memory(const LaunchRequest& request)
+    : request_(request), library_(library_of(reinterpret_cast<void*>(request.thread_main))) {
+  if (request.num_variables == 0) return;
+  const char* anchor = request.shared_anchor();
+  for (uint64_t i = 0; i < request.num_variables; ++i) {
+    const SharedVariable& variable = request.variables[i];
+    shared_.push_back({anchor + variable.from_anchor, variable.bytes});
+    starts_.push_back(starts_.back() + variable.bytes);
+  }
+}
+
+void Memory::locate(Access& access) const {
+  const auto inside = [&](const Buffer& buffer) {
+    access.offset = static_cast<size_t>(access.address - buffer.begin);
+    return access.offset < buffer.bytes && access.bytes <= buffer.bytes - access.offset;
+  };
+  for (size_t i = 0; i < shared_.size(); ++i) {
+    if (!inside(shared_[i])) continue;
+    access.space = Access::kShared;
+    access.buffer = static_cast<int>(i);
+    return;
+  }
+  for (size_t i = 0; i < request_.num_buffers; ++i) {
+    if (!inside(request_.buffers[i])) continue;
+    access.space = Access::kGlobal;
+    access.buffer = static_cast<int>(i);
+    return;
+  }
+  access.offset = 0;
+  if (library_of(access.address) == library_) access.space = Access::kConstant;
+}
+
+int Memory::nearest_shared(const char* address, int64_t* offset) const {
+  constexpr int64_t kNear = 256 << 10;
+  int found = -1;
+  int64_t nearest = kNear;
+  for (size_t i = 0; i < shared_.size(); ++i) {
+    const int64_t from = address - shared_[i].begin;
+    const int64_t past = from - static_cast<int64_t>(shared_[i].bytes);
+    const int64_t distance = from < 0 ? -from : past < 0 ? 0 : past;
+    if (distance >= nearest) continue;
+    nearest = distance;
+    found = static_cast<int>(i);
+    *offset = from;
+  }
+  return found;
+}
+
+}  // namespace nb_emulator
