@@ -150,9 +150,10 @@ def nvidia_headers() -> tuple[Path, ...]:
     """The folders of cuda_fp16.h and its like, and of the C++ library. Raises `ToolchainMissing`."""
     try:
         from cuda.pathfinder import find_nvidia_header_directory
-    except ImportError as error:
-        raise ToolchainMissing(_INSTALL) from error
-    folders = [find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
+
+        folders = [find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
+    except (ImportError, RuntimeError) as error:  # or cuda-pathfinder before 1.3
+        raise ToolchainMissing(f"{_INSTALL} ({error})") from error
     if folders[0] is None:
         raise ToolchainMissing(_INSTALL)
     return tuple(Path(folder) for folder in folders if folder)
