@@ -135,12 +135,11 @@ class EmulatedKernel(Kernel):
         )
         if listeners:
             buffers = (_Buffer * len(arguments))(*map(_buffer, arguments))
-            variables = (_SharedVariable * len(self._library.variables))(
-                *(
-                    (v.from_anchor, shared_bytes if v.is_dynamic else v.num_bytes)
-                    for v in self._library.variables
-                )
-            )
+            sized = [
+                _SharedVariable(v.from_anchor, shared_bytes if v.is_dynamic else v.num_bytes)
+                for v in self._library.variables
+            ]
+            variables = (_SharedVariable * len(sized))(*sized)
             request.buffers, request.num_buffers = ctypes.addressof(buffers), len(buffers)
             request.variables, request.num_variables = ctypes.addressof(variables), len(variables)
         result = _Result()

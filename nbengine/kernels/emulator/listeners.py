@@ -43,7 +43,7 @@ class Counts(ctypes.Structure):
     _fields_ = tuple((field.name, ctypes.c_uint64) for field in fields(Counters))
 
     def counters(self) -> Counters:
-        return Counters(*(getattr(self, name) for name, _ in self._fields_))
+        return Counters(*(getattr(self, field.name) for field in fields(Counters)))
 
 
 RECORDED = np.dtype(
