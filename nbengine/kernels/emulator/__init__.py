@@ -136,7 +136,9 @@ class EmulatedKernel(Kernel):
         if listeners:
             buffers = (_Buffer * len(arguments))(*map(_buffer, arguments))
             sized = [
-                _SharedVariable(v.from_anchor, shared_bytes if v.is_dynamic else v.num_bytes)
+                _SharedVariable(
+                    v.from_anchor, shared_bytes if v.is_dynamic else v.num_bytes, v.is_guard
+                )
                 for v in self._library.variables
             ]
             variables = (_SharedVariable * len(sized))(*sized)
@@ -270,7 +272,11 @@ class _Buffer(ctypes.Structure):
 
 
 class _SharedVariable(ctypes.Structure):
-    _fields_ = (("from_anchor", ctypes.c_int64), ("bytes", ctypes.c_uint64))
+    _fields_ = (
+        ("from_anchor", ctypes.c_int64),
+        ("bytes", ctypes.c_uint64),
+        ("is_guard", ctypes.c_uint64),
+    )
 
 
 class _Launch(ctypes.Structure):

@@ -61,12 +61,14 @@ class NoCompiler(NbengineError, RuntimeError):
 @dataclass(frozen=True, slots=True)
 class SharedVariable:
     """A variable of shared memory in a kernel's library, at so many bytes from `nb_anchor`. A
-    dynamic one has the size that the launch says."""
+    dynamic one has the size that the launch says. A guard is no variable of the source: with it C++
+    remembers that another one was initialised."""
 
     name: str
     from_anchor: int
     num_bytes: int
     is_dynamic: bool
+    is_guard: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,11 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
             )
             _run(compiled, str(runtime()), *wrapped, "-shared", "-pthread", "-o", str(target))
         except _Refused as refused:
-            log = str(refused)
-            said = parse_gcc(log)
-            if (at := log.find(_NO_PTX)) >= 0:
-                said = tuple(replace(d, message=_WHY_NO_PTX) for d in said if _NO_PTX in d.message)
             title = f"{source.name}: {expression} does not compile for the emulator"
-            raise CompileError(title, said, {source.name: source.text}, log[max(at, 0) :]) from None
+            said = parse_gcc(str(refused))
+            said = tuple(replace(d, message=_NO_PTX) if "poison" in d.message else d for d in said)
+            texts = {source.name: source.text}
+            raise CompileError(title, said, texts, str(refused)) from None
 
     library = _made(f"kernel-{key}.so", make)
     return Library(library, _shared_variables(library, source) if checks else ())
@@ -111,8 +112,7 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
 UNIT = "emulated_kernel.cpp"
 """The translation unit: the source, and the entry after it."""
 
-_NO_PTX = "NB_EMULATOR_CANNOT_RUN_INLINE_PTX"
-_WHY_NO_PTX = (
+_NO_PTX = (
     "inline PTX can't be emulated: put it into a function of a header that gives the same in C++ "
     "where NB_EMULATOR is defined, as cuda/include/nb/fast_math.cuh does"
 )
@@ -135,10 +135,14 @@ def _shared_variables(library: Path, source: Source) -> tuple[SharedVariable, ..
     }
     anchor, _ = symbols.pop("nb_anchor")
     dynamic = _dynamic_shared(source)
-    return tuple(
-        SharedVariable(_unmangled(symbol), value - anchor, size, symbol in dynamic)
+    found = [
+        SharedVariable(
+            *(_unmangled(symbol), value - anchor, size, symbol in dynamic),
+            is_guard=symbol.startswith("_ZGV"),
+        )
         for symbol, (value, size) in symbols.items()
-    )
+    ]
+    return tuple(sorted(found, key=lambda variable: variable.is_guard))
 
 
 def _unmangled(symbol: str) -> str:

@@ -58,4 +58,4 @@ __forceinline__ void __trap(NB_CALLER) { nb_emulator::blame("trap", NB_HERE, "__
                : ::nb_emulator::blame("assertion", {__FILE__, __LINE__}, "assert(%s) failed", \
                                       #condition))
 // PTX has no meaning here: wrap it in a header with a second implementation, as nb/mma.cuh does.
-#define asm NB_EMULATOR_CANNOT_RUN_INLINE_PTX
+#pragma GCC poison asm

@@ -111,9 +111,11 @@ class Initialised : public Listener {
 //
 // What orders two accesses of different threads: a __syncthreads between them, and within a warp any
 // chain of operations (__syncwarp, shuffles, votes, ...) that leads from one lane to the other. The
-// latter is kept as vector clocks over a warp's lanes (Fidge 1988, Mattern 1989), the last accesses
-// to each granule of memory as in FastTrack (Flanagan and Freund 2009), with two readers at most: the
-// latest of the first warp that read, and the latest of the others. Threads that write the value that is there already do no harm.
+// latter is kept as vector clocks over a warp's lanes (Fidge 1988, Mattern 1989), the last accesses to
+// each granule of memory as in FastTrack (Flanagan and Freund 2009). Of readers two are kept: the
+// latest, and of another warp or else the latest before it; whoever writes races with one of them if
+// it races with any, unless lanes met in parts of their warp. Threads that write the value that is
+// there already do no harm.
 class Races : public Listener {
  public:
   void block_start(Block& block) override {
@@ -214,8 +216,13 @@ class Races : public Listener {
                      static_cast<uint32_t>(static_cast<const char*>(access.pc) - library(block)),
                      static_cast<uint16_t>(me.number)};
     if (access.kind == Access::kRead) {
-      const bool same_warp = cell.reads[0].clock == 0 || cell.reads[0].thread / kLanes == me.warp();
-      cell.reads[same_warp ? 0 : 1] = mine;
+      const Stamp latest = cell.reads[0], other = cell.reads[1];
+      cell.reads[0] = mine;
+      if (latest.clock != 0 && latest.thread != mine.thread) {
+        const bool keep = other.clock != 0 && other.thread / kLanes != me.warp() &&
+                          latest.thread / kLanes == me.warp();
+        if (!keep) cell.reads[1] = latest;
+      }
     } else {
       cell.write = mine;
       cell.atomic = atomic;

@@ -18,10 +18,12 @@ struct Buffer {
   uint64_t bytes;
 };
 
-// A variable of shared memory, so far from the anchor in the kernel library's thread-local data.
+// A variable of shared memory, so far from the anchor in the kernel library's thread-local data. The
+// compiler's guards, which tell whether a variable was initialised, lie there too, and come last.
 struct SharedVariable {
   int64_t from_anchor;
   uint64_t bytes;
+  uint64_t is_guard;
 };
 
 enum Listeners : uint32_t { kChecks = 1, kCounters = 2, kTrace = 4 };

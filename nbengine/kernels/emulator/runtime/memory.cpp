@@ -16,7 +16,12 @@ Memory::Memory(const LaunchRequest& request)
   const char* anchor = request.shared_anchor();
   for (uint64_t i = 0; i < request.num_variables; ++i) {
     const SharedVariable& variable = request.variables[i];
-    shared_.push_back({anchor + variable.from_anchor, variable.bytes});
+    const Buffer place{anchor + variable.from_anchor, variable.bytes};
+    if (variable.is_guard) {
+      guards_.push_back(place);
+      continue;
+    }
+    shared_.push_back(place);
     starts_.push_back(starts_.back() + variable.bytes);
   }
 }
@@ -38,8 +43,15 @@ void Memory::locate(Access& access) const {
     access.buffer = static_cast<int>(i);
     return;
   }
+  for (const Buffer& guard : guards_) {
+    if (inside(guard)) access.space = Access::kConstant;
+  }
   access.offset = 0;
-  if (library_of(access.address) == library_) access.space = Access::kConstant;
+  // Asking the loader takes a microsecond; of constants, the next one is nearby.
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t page = reinterpret_cast<uintptr_t>(access.address) / kPage;
+  if (page != constant_page_ && library_of(access.address) == library_) constant_page_ = page;
+  if (page == constant_page_) access.space = Access::kConstant;
 }
 
 int Memory::nearest_shared(const char* address, int64_t* offset) const {

@@ -28,8 +28,9 @@ class Memory {
  private:
   const LaunchRequest& request_;
   const char* library_;
-  std::vector<Buffer> shared_;
+  std::vector<Buffer> shared_, guards_;
   std::vector<size_t> starts_{0};
+  mutable uintptr_t constant_page_ = 0;  // the last that was found to be the library's
 };
 
 }  // namespace nb_emulator
