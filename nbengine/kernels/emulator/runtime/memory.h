@@ -30,7 +30,7 @@ class Memory {
   const char* library_;
   std::vector<Buffer> shared_, guards_;
   std::vector<size_t> starts_{0};
-  mutable uintptr_t constant_page_ = 0;  // the last that was found to be the library's
+  mutable uintptr_t constant_page_ = ~uintptr_t{0};  // the last that was found to be the library's
 };
 
 }  // namespace nb_emulator
