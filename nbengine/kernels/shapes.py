@@ -62,3 +62,15 @@ def check_rows(name: str, tensor: Tensor, *shape: int) -> None:
             f"{name} {list(shape)}: its rows, {stride[0]} elements apart from address "
             f"{address:#x} on, must start at multiples of {pack * itemsize} bytes"
         )
+
+
+def check_logits(logits: Tensor) -> None:
+    """`logits` is `[R, V]` with dense rows, which may be slices of wider ones and start anywhere:
+    a vocabulary may have any size. V is at most 2^19, so that a sum of weights fits its integer."""
+    if logits.dim() != 2 or (logits.stride(1) != 1 and logits.shape[1] > 1):
+        raise ValueError(
+            f"logits {list(logits.shape)} have the strides {list(logits.stride())}: they are [R, V] "
+            "with dense rows"
+        )
+    if not 1 <= logits.shape[1] <= 1 << 19:
+        raise ValueError(f"logits of {logits.shape[1]:,} tokens: 1 to {1 << 19:,} are possible")

@@ -5,11 +5,16 @@ from nbengine.kernels.ops import (
     copy_blocks,
     gated_mlp,
     gemv,
+    greedy,
     kv_cache_write,
+    logprobs,
     paged_attention_decode,
     paged_attention_prefill,
+    penalties,
+    restore_logits,
     rms_norm,
     rope,
+    sample,
     swap_blocks,
 )
 
@@ -19,11 +24,16 @@ OPS: dict[str, Op] = {
         copy_blocks.OP,
         gated_mlp.OP,
         gemv.OP,
+        greedy.OP,
         kv_cache_write.OP,
+        logprobs.OP,
         paged_attention_decode.OP,
         paged_attention_prefill.OP,
+        penalties.OP,
+        restore_logits.OP,
         rms_norm.OP,
         rope.OP,
+        sample.OP,
         swap_blocks.OP,
     )
 }
