@@ -8,9 +8,9 @@
 //
 // Rows that hold NaN or +inf, or nothing but -inf, have NaN for log-probabilities and ids 0, 1, ...
 //
-// One block of 1,024 threads a question. The first pass over the row finds the largest value, the sum
-// and the rank, the second (k > 0) gathers the hardly more than k values that reach the k-th largest
-// of the threads' maxima, which are then sorted. So it moves Q * V elements twice; only rows whose
+// One block of 1,024 threads a question. The first pass over the row finds the largest value and the
+// rank; the second sums up, and gathers the hardly more than k values that reach the k-th largest of
+// the threads' maxima, which are then sorted. So it moves Q * V elements twice; only rows whose
 // largest values are equal by hundreds take more, to select the k-th exactly.
 
 #include "nb/select.cuh"
@@ -69,23 +69,14 @@ __global__ void __launch_bounds__(nb::kRowThreads)
       row.has(token_id) ? row.value_at(row.begin + static_cast<int>(token_id)) : nb::not_a_number();
 
   nb::uint64 mine = 0, above;
-  const nb::RowSummary summary = nb::summarise<true>(
-      row, nb::kLog2E, memory.summary, [&](float value) { mine += value > of_chosen; });
+  const nb::RowSummary summary =
+      nb::summarise(row, memory.summary, [&](float value) { mine += value > of_chosen; });
   nb::exclusive_scan(mine, above, memory.select.scan);
-  const bool finite = fabsf(summary.largest) <= nb::kLargestFloat;
-  const float log_sum =
-      finite ? logf(static_cast<float>(summary.total_mass) / nb::kMassOfOne) : 0.0f;
-  const auto logprob_of = [&](float value) {
-    return finite ? value - summary.largest - log_sum : nb::not_a_number();
-  };
-  if (threadIdx.x == 0) {
-    chosen[question] = logprob_of(of_chosen);
-    rank[question] = static_cast<nb::int64>(above) + 1;
-  }
-  if (k == 0) return;
+  if (threadIdx.x == 0) rank[question] = static_cast<nb::int64>(above) + 1;
   top_ids += question * k;
   top_logprobs += question * k;
-  if (!finite) {
+  if (!(fabsf(summary.largest) <= nb::kLargestFloat)) {
+    if (threadIdx.x == 0) chosen[question] = nb::not_a_number();
     for (int i = threadIdx.x; i < k; i += nb::kRowThreads) {
       top_ids[i] = i;
       top_logprobs[i] = nb::not_a_number();
@@ -93,20 +84,31 @@ __global__ void __launch_bounds__(nb::kRowThreads)
     return;
   }
 
-  const float bound = row.size() <= nb::kCapacity
-                          ? -nb::infinity()
-                          : nb::value_of(nb::reached_by(k, summary.of_thread));
+  float bound = nb::infinity();  // gathers nothing
+  if (k > 0) {
+    bound = row.size() <= nb::kCapacity ? -nb::infinity()
+                                        : nb::value_of(nb::reached_by(k, summary.of_thread));
+  }
+  const nb::Weight weight{summary.largest, nb::kLog2E};
+  nb::uint64 mass = 0, total;
   memory.candidates.clear();
   row.template for_each_pack<4>([&](int place, const auto& values) {
-    if (!(values.largest() >= bound)) return;
+    const bool has_any = values.largest() >= bound;
 #pragma unroll
     for (int j = 0; j < values.size; ++j) {
       const float value = values.items[j];
-      if (value >= bound && row.contains(place + j)) {
+      mass += weight(value);
+      if (has_any && value >= bound && row.contains(place + j)) {
         memory.candidates.add(~nb::key_of(value), place + j);
       }
     }
   });
+  nb::exclusive_scan(mass, total, memory.select.scan);
+  const float log_sum = logf(static_cast<float>(total) / nb::kMassOfOne);
+  const auto logprob_of = [&](float value) { return value - summary.largest - log_sum; };
+  if (threadIdx.x == 0) chosen[question] = logprob_of(of_chosen);
+  if (k == 0) return;
+
   // Too many where many are equal; too few where the bound is NaN, as most are -inf.
   if (!memory.candidates.complete() || memory.candidates.count < k) {
     gather_exactly(row, k, summary.largest, memory);

@@ -35,7 +35,8 @@ from nbengine.execution.memory import (
     measure_activations,
     plan_memory,
 )
-from nbengine.execution.sampler import Sampler, SampleRow, beam_candidates, prompt_logprobs
+from nbengine.execution.sample_row import SampleRow
+from nbengine.execution.sampler import Sampler, beam_candidates, prompt_logprobs
 from nbengine.kernels.op import Arguments
 from nbengine.kernels.table import Kernels
 from nbengine.models.decoder import Decoder

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -27,9 +26,11 @@ import numpy.typing as npt
 import torch
 
 from nbengine.core.logprobs import Logprob
-from nbengine.core.sampling_params import SamplingParams
 from nbengine.errors import SamplingError
+from nbengine.execution.kernel_sampling import sample_by_kernels
 from nbengine.execution.philox import uniforms
+from nbengine.execution.sample_row import LogitChanges, SamplerOutput, SampleRow, flat_places
+from nbengine.kernels.table import Kernels
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -39,47 +40,20 @@ _LOGPROB_ROWS = 64
 memory of its logits."""
 
 
-@dataclass(slots=True)
-class SampleRow:
-    """What the sampler must know of the sequence behind one row of logits."""
-
-    seq_id: str
-    params: SamplingParams
-    seed: int
-    """64-bit seed of the request."""
-    sample_indices: Sequence[int]
-    """Which of the request's samples to draw: all n of them where the sequence is about to fork,
-    else the sequence's own."""
-    tokens: Sequence[int]
-    """Prompt and output tokens so far; the one to sample has position len(tokens)."""
-    num_prompt_tokens: int
-    eos_token_ids: Iterable[int] = ()
-    bad_words_token_ids: Sequence[Sequence[int]] = ()
-    """`params.bad_words` as token sequences (`Tokenizer.bad_words_token_ids`)."""
-
-
-@dataclass(slots=True)
-class SamplerOutput:
-    """One entry a row, in the rows' order."""
-
-    token_ids: list[list[int]]
-    """One id for each of the row's `sample_indices`; none for a row in `errors`."""
-    logprobs: list[list[dict[int, Logprob]] | None]
-    """For rows that ask for logprobs, one dict for each sampled id, that id first."""
-    errors: dict[int, Exception] = field(default_factory=dict)
-    """By row: why nothing could be sampled from it."""
-
-
 class Sampler:
-    """Samples tokens with ids below `vocab_size` from logits on `device`."""
+    """Samples tokens with ids below `vocab_size` from logits on `device`: by `kernels` where they
+    are given, else by torch."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device | str, kernels: Kernels | None = None
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self.kernels = kernels
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SamplerOutput:
-        """Sample every row. `logits` is float32 [R, V] with V at least `vocab_size` (the rest is
-        padding) and is not changed."""
+        """Sample every row. `logits` is float32 [R, V] (for kernels, float16 or bfloat16 too) with V
+        at least `vocab_size` (the rest is padding), and holds the same afterwards."""
         if logits.ndim != 2 or logits.shape[0] != len(rows) or logits.shape[1] < self.vocab_size:
             raise ValueError(
                 f"logits have shape {list(logits.shape)}, but {len(rows)} rows over a vocabulary "
@@ -87,6 +61,12 @@ class Sampler:
             )
         if not rows:
             return SamplerOutput([], [])
+        if self.kernels is not None:
+            logits = logits[:, : self.vocab_size]
+            output, left = sample_by_kernels(self.kernels, logits, rows)
+            if left:
+                _add_logprobs(output, _take_rows(logits, left), left, rows)
+            return output
         raw = logits[:, : self.vocab_size].float()
         scores = self._masked_and_penalised(raw, rows)
         best_values, best_ids = _largest(scores)
@@ -99,7 +79,7 @@ class Sampler:
         )
         for index, value in enumerate(best_values):
             if not math.isfinite(value):
-                _fail(output, index, rows[index], value)
+                output.fail(index, rows[index], value)
 
         random = [
             index
@@ -119,76 +99,51 @@ class Sampler:
 
     def _masked_and_penalised(self, raw: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         """Moves 2 and 3. Returns `raw` itself where no row asks for any of them."""
-        allowed: list[tuple[int, Iterable[int]]] = []
-        banned: list[tuple[int, Iterable[int]]] = []
-        biased: list[int] = []
-        repeated: list[int] = []
-        counted: list[int] = []
-        for index, row in enumerate(rows):
-            params = row.params
-            if params.allowed_token_ids is not None:
-                allowed.append((index, params.allowed_token_ids))
-            if row.bad_words_token_ids:
-                banned.append((index, _completed_by(row)))
-            if len(row.tokens) - row.num_prompt_tokens < params.min_tokens:
-                banned.append((index, row.eos_token_ids))
-                banned.append((index, params.stop_token_ids or ()))
-            if params.logit_bias:
-                biased.append(index)
-            if params.repetition_penalty != 1.0:
-                repeated.append(index)
-            if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
-                counted.append(index)
-        if not (allowed or banned or biased or repeated or counted):
+        changes = LogitChanges.of(rows)
+        if not (changes.allowed or changes.of_single_logits):
             return raw
 
         scores = raw.clone(memory_format=torch.contiguous_format)
         flat = scores.view(-1)  # a token of a row has the index row * vocab_size + id
-        if allowed:
-            places, _ = self._places(allowed)
+        if changes.allowed:
+            places, _ = self._places(changes.allowed)
             kept = flat[places]
             scores.index_fill_(
-                0, torch.tensor([i for i, _ in allowed], device=scores.device), -math.inf
+                0, torch.tensor([i for i, _ in changes.allowed], device=scores.device), -math.inf
             )
             flat[places] = kept
-        if banned:
-            places, _ = self._places(banned)
+        if changes.banned:
+            places, _ = self._places(changes.banned)
             flat[places] = -math.inf
-        if biased:
-            biases = [(index, rows[index].params.logit_bias or {}) for index in biased]
+        if changes.biased:
+            biases = [(index, rows[index].params.logit_bias or {}) for index in changes.biased]
             places, inside = self._places(biases)
             values = np.fromiter(chain.from_iterable(b.values() for _, b in biases), np.float32)
             flat[places] += torch.from_numpy(values[inside]).to(flat.device)
-        if repeated:
+        if changes.repeated:
             # A token that was seen twice is read and written twice, with the same result.
-            places, _ = self._places((index, rows[index].tokens) for index in repeated)
-            penalty = self._of_row(places, rows, repeated, "repetition_penalty")
+            places, _ = self._places((index, rows[index].tokens) for index in changes.repeated)
+            penalty = self._of_row(places, rows, changes.repeated, "repetition_penalty")
             values_seen = flat[places]
             flat[places] = torch.where(
                 values_seen > 0, values_seen / penalty, values_seen * penalty
             )
-        if counted:
+        if changes.counted:
             places, _ = self._places(
-                (index, rows[index].tokens[rows[index].num_prompt_tokens :]) for index in counted
+                (index, rows[index].tokens[rows[index].num_prompt_tokens :])
+                for index in changes.counted
             )
             places, counts = places.unique(return_counts=True)
-            flat[places] -= counts * self._of_row(places, rows, counted, "frequency_penalty")
-            flat[places] -= self._of_row(places, rows, counted, "presence_penalty")
+            flat[places] -= counts * self._of_row(
+                places, rows, changes.counted, "frequency_penalty"
+            )
+            flat[places] -= self._of_row(places, rows, changes.counted, "presence_penalty")
         return scores
 
     def _places(
         self, ids_of_rows: Iterable[tuple[int, Iterable[int]]]
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """Flat indices of (row, token ids) pairs, and which of the ids they are: an id outside the
-        vocabulary is left out, because as an index it would be another row's token."""
-        index_of_id: list[npt.NDArray[np.int64]] = []
-        ids: list[npt.NDArray[np.int64]] = []
-        for index, row_ids in ids_of_rows:
-            ids.append(np.fromiter(row_ids, np.int64))
-            index_of_id.append(np.full(len(ids[-1]), index, np.int64))
-        all_ids = np.concatenate(ids)
-        inside = (all_ids >= 0) & (all_ids < self.vocab_size)
-        places = (np.concatenate(index_of_id) * self.vocab_size + all_ids)[inside]
+        places, inside = flat_places(ids_of_rows, self.vocab_size)
         return torch.from_numpy(places).to(self.device), inside
 
     def _of_row(
@@ -247,29 +202,6 @@ def prompt_logprobs(
         if math.isnan(entry[token_id].logprob):
             raise SamplingError(f"the logits after prompt token {index} hold NaN or infinity")
     return result
-
-
-def _fail(output: SamplerOutput, index: int, row: SampleRow, largest: float) -> None:
-    reason = (
-        "every token is masked (allowed_token_ids, bad_words and min_tokens together, or the "
-        "model's own logits, leave none)"
-        if largest == -math.inf
-        else f"the largest logit is {largest}: the model's computation overflowed"
-    )
-    output.errors[index] = SamplingError(f"no token can be sampled for {row.seq_id}: {reason}")
-    output.token_ids[index] = []
-    output.logprobs[index] = None
-
-
-def _completed_by(row: SampleRow) -> list[int]:
-    """The ids that would complete one of the row's bad words as the next output token."""
-    output_start = row.num_prompt_tokens
-    ids = []
-    for word in row.bad_words_token_ids:
-        first = len(row.tokens) - len(word) + 1
-        if first >= output_start and list(row.tokens[first:]) == list(word[:-1]):
-            ids.append(word[-1])
-    return ids
 
 
 # Move 5.
@@ -473,7 +405,7 @@ def _add_logprobs(
             ids = output.token_ids[index]
             entries = [next(dicts) for _ in ids]
             if any(math.isnan(entry[i].logprob) for entry, i in zip(entries, ids, strict=True)):
-                _fail(output, index, rows[index], math.nan)
+                output.fail(index, rows[index], math.nan)
             elif ids:
                 output.logprobs[index] = entries
 

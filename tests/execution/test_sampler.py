@@ -1,4 +1,5 @@
-"""The batched sampler against a plain one-row reference, and the promise that rows are alone."""
+"""The batched sampler against a plain one-row reference, and the promise that rows are alone; by
+torch, and by kernels on the emulator and on a GPU."""
 
 from __future__ import annotations
 
@@ -14,15 +15,36 @@ from hypothesis import strategies as st
 from nbengine.core.sampling_params import SamplingParams
 from nbengine.errors import SamplingError
 from nbengine.execution.philox import uniforms
+from nbengine.execution.sample_row import SampleRow
 from nbengine.execution.sampler import (
     Sampler,
-    SampleRow,
     beam_candidates,
     prompt_logprobs,
     top_logprobs,
 )
+from nbengine.kernels.table import Kernels
 
 VOCAB = 50
+
+on_gpu = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
+kernels: Kernels | None = None
+
+
+@pytest.fixture(scope="module", params=["torch", "emulated", on_gpu], autouse=True)
+def way(request):
+    """What samples."""
+    global kernels
+    device = "cuda" if request.param == "cuda" else "cpu"
+    kernels = None if request.param == "torch" else Kernels(device, request.param)
+    yield request.param
+    kernels = None
+
+
+def only_torch():
+    if kernels is not None:
+        pytest.skip("is about the sampler's own passes in torch and NumPy")
 
 
 def row(prompt=(1, 2), output=(), *, seed=0, samples=(0,), eos=(), bad=(), **params):
@@ -33,9 +55,11 @@ def row(prompt=(1, 2), output=(), *, seed=0, samples=(0,), eos=(), bad=(), **par
     )
 
 
-def sample(logits, *rows):
-    logits = torch.as_tensor(logits, dtype=torch.float32)
-    return Sampler(logits.shape[1], "cpu").sample(logits, list(rows))
+def sample(logits, *rows, vocab_size=None):
+    device = "cpu" if kernels is None else kernels.device
+    logits = torch.as_tensor(logits, dtype=torch.float32, device=device)
+    sampler = Sampler(vocab_size or logits.shape[1], device, kernels)
+    return sampler.sample(logits.contiguous(), list(rows))
 
 
 def one(logits, **params):
@@ -239,7 +263,7 @@ def test_top_p_acts_on_what_top_k_left():
 )
 @pytest.mark.parametrize("over", ["samples", "positions"])
 def test_frequencies_match_the_exact_distribution(params, over):
-    draws = 20_000
+    draws = 20_000 if kernels is None else 4_000
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(5)) * 1.5
     if over == "samples":
         r = row(seed=11, samples=range(draws), **params)
@@ -274,6 +298,7 @@ def test_tails_of_a_large_vocabulary_are_reached():
 def test_the_smallest_and_largest_number_draw_the_first_and_last_possible_token(
     monkeypatch, number, params
 ):
+    only_torch()
     monkeypatch.setattr(
         "nbengine.execution.sampler.uniforms", lambda seeds, *_: np.full(len(seeds), number)
     )
@@ -328,6 +353,7 @@ def test_a_row_gives_the_same_alone_and_in_any_batch_in_any_order():
 
 
 def test_the_torch_passes_of_other_devices_give_the_same(monkeypatch):
+    only_torch()
     rows = mixed_rows(64)
     logits = (torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)) * 8).round() / 4
     with_numpy = sample(logits, *rows)
@@ -335,14 +361,6 @@ def test_the_torch_passes_of_other_devices_give_the_same(monkeypatch):
     monkeypatch.setattr("nbengine.execution.sampler._in_host_memory", lambda values: False)
     assert sample(logits, *rows) == with_numpy
     assert top_logprobs(logits, 5) == best
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_what_the_cpu_draws():
-    rows = mixed_rows(64)
-    logits = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)) * 2
-    on_gpu = Sampler(VOCAB, "cuda").sample(logits.cuda(), rows)
-    assert on_gpu.token_ids == sample(logits, *rows).token_ids
 
 
 def test_a_row_of_a_real_vocabulary_gives_the_same_alone_and_in_a_batch():
@@ -429,7 +447,7 @@ def test_padding_columns_of_the_logits_are_never_sampled():
     logits[:, 10:] = 100.0
     for params in ({"temperature": 0}, {}, {"top_p": 0.9}, {"repetition_penalty": 2.0}):
         rows = [row(samples=range(50), **params)] * 2
-        output = Sampler(10, "cpu").sample(logits, rows)
+        output = sample(logits, *rows, vocab_size=10)
         assert max(max(ids) for ids in output.token_ids) < 10
 
 

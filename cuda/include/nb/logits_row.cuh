@@ -1,5 +1,4 @@
-// One row of logits read by one block of kRowThreads threads, and its summary: the largest value,
-// where it is, whether anything is NaN, and the mass of exp(value / temperature).
+// One row of logits read by one block of kRowThreads threads; its largest value, and where that is.
 //
 // A row's entries have places. Without a list of allowed ids the place of token `id` is
 // `begin + id`, where `begin` (0 to 7) is how far the row's first element lies past a 16-byte
@@ -10,8 +9,9 @@
 // Each warp reads one contiguous segment of the places, a lane every 32nd pack of it.
 //
 // Masses are sums of weights exp((value - largest) / temperature) in units of 2^-39. Integers add up
-// to the same in any order, so every sum is exact, and a tail of 100,000 small weights is not lost.
-// A weight below 2^-40 (28 temperatures under the largest) counts as none.
+// to the same in any order: a row's sums do not depend on which thread read what, and so not on where
+// the row lies, and a tail of 100,000 small weights is not lost. A weight below 2^-40 (28 temperatures
+// under the largest) counts as none.
 
 #pragma once
 
@@ -147,43 +147,32 @@ struct Weight {
 };
 
 struct RowSummary {
-  float largest;      // NaN where any value is
-  int place;          // of the largest number, the first of equals
-  float of_thread;    // the largest number that this thread has seen
-  uint64 total_mass;  // of the row; 0 unless kMasses and the largest is finite
+  float largest;    // NaN where any value is
+  int place;        // of the largest number, the first of equals
+  float of_thread;  // the largest number that this thread has seen
 };
 
 struct SummaryMemory {
   float largest[kRowWarps];
   int place[kRowWarps];
-  uint64 mass[kRowWarps];  // of each warp's segment
 };
 
-// One read of the row. All threads must call this and get the same but for `of_thread`.
-//
-// Weights are summed in float relative to the largest value that the thread has seen, and scaled
-// when it sees a larger one (Milakov and Gimelshein 2018). A thread adds up V / 1024 of them: within
-// 1e-6 of the sum; the threads' sums become masses. also(value) is called for each value.
-template <bool kMasses, typename T, typename Also>
-__device__ RowSummary summarise(const LogitsRow<T>& row, float scale, SummaryMemory& memory,
-                                Also also) {
+// One read of the row. All threads must call this and get the same but for `of_thread`. also(value)
+// is called for each value.
+template <typename T, typename Also>
+__device__ RowSummary summarise(const LogitsRow<T>& row, SummaryMemory& memory, Also also) {
   float largest = -infinity();
   int place = row.begin;
-  float sum = 0.0f;
   bool nan = false;
   row.template for_each_pack<4>([&](int at, const auto& values) {
     const float of_pack = values.largest();
     if (of_pack > largest) {
-      if constexpr (kMasses) sum *= exp2_fast((fmaxf(largest, -kLargestFloat) - of_pack) * scale);
       largest = of_pack;
       place = at;
     }
-    // The bound keeps -inf - -inf out, of weights before the first number.
-    const float shift = fmaxf(largest, -kLargestFloat);
 #pragma unroll
     for (int j = 0; j < values.size; ++j) {
       nan |= values.items[j] != values.items[j];
-      if constexpr (kMasses) sum += exp2_fast((values.items[j] - shift) * scale);
       also(values.items[j]);
     }
   });
@@ -191,7 +180,7 @@ __device__ RowSummary summarise(const LogitsRow<T>& row, float scale, SummaryMem
     while (!row.contains(place) || row.value_at(place) != largest) ++place;
   }
 
-  RowSummary result{largest, place, largest, 0};
+  RowSummary result{largest, place, largest};
   const auto merge = [&](float other, int other_place) {
     if (other > result.largest || (other == result.largest && other_place < result.place)) {
       result.largest = other;
@@ -213,22 +202,7 @@ __device__ RowSummary summarise(const LogitsRow<T>& row, float scale, SummaryMem
   for (int other = 0; other < kRowWarps; ++other) {
     merge(memory.largest[other], memory.place[other]);
   }
-  if (nan) {
-    result.largest = not_a_number();
-    return result;
-  }
-  if constexpr (kMasses) {
-    if (fabsf(result.largest) > kLargestFloat) return result;
-    const float to_row = exp2_fast((fmaxf(largest, -kLargestFloat) - result.largest) * scale);
-    uint64 mass = static_cast<uint64>(sum * to_row * kMassOfOne + 0.5f);
-#pragma unroll
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-      mass += __shfl_xor_sync(kAllLanes, mass, distance);
-    }
-    if (threadIdx.x % kWarpSize == 0) memory.mass[warp] = mass;
-    __syncthreads();
-    for (int other = 0; other < kRowWarps; ++other) result.total_mass += memory.mass[other];
-  }
+  if (nan) result.largest = not_a_number();
   return result;
 }
 

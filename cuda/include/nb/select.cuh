@@ -6,7 +6,7 @@
 // larger keys reach a goal: the k-th largest value, or the edge of a nucleus. It reads its source
 // two or three times, so for rows the few largest values are gathered first: the k-th largest of the
 // threads' maxima is a lower bound of the k-th largest value, and hardly more than k values reach it.
-// Results depend on the row alone: bins hold integers, and candidates are sorted.
+// Results depend on the values alone: bins hold integers, and candidates are sorted.
 
 #pragma once
 
@@ -115,6 +115,7 @@ struct Candidates {
 struct ByPlace {
   const Candidates& candidates;
 
+  __device__ __forceinline__ int size() const { return candidates.count; }
   __device__ __forceinline__ float value_at(int at) const {
     return __uint_as_float(static_cast<uint32>(candidates.entries[at]));
   }
@@ -124,7 +125,7 @@ struct ByPlace {
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
     const int at = threadIdx.x;
-    if (at < candidates.count) visit(place_at(at), value_at(at));
+    if (at < size()) visit(place_at(at), value_at(at));
   }
 };
 
