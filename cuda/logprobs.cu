@@ -86,8 +86,11 @@ __global__ void __launch_bounds__(nb::kRowThreads)
 
   float bound = nb::infinity();  // gathers nothing
   if (k > 0) {
-    bound = row.size() <= nb::kCapacity ? -nb::infinity()
-                                        : nb::value_of(nb::reached_by(k, summary.of_thread));
+    bound = -nb::infinity();
+    if (row.size() > nb::kCapacity) {
+      const nb::uint32 reached = nb::reached_by(k, summary.of_thread);
+      bound = nb::value_of(max(reached, nb::key_of(bound)));
+    }
   }
   const nb::Weight weight{summary.largest, nb::kLog2E};
   nb::uint64 mass = 0, total;
@@ -109,8 +112,7 @@ __global__ void __launch_bounds__(nb::kRowThreads)
   if (threadIdx.x == 0) chosen[question] = logprob_of(of_chosen);
   if (k == 0) return;
 
-  // Too many where many are equal; too few where the bound is NaN, as most are -inf.
-  if (!memory.candidates.complete() || memory.candidates.count < k) {
+  if (!memory.candidates.complete()) {  // many are equal
     gather_exactly(row, k, summary.largest, memory);
   }
   memory.candidates.sort();

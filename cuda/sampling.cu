@@ -191,9 +191,10 @@ __global__ void __launch_bounds__(nb::kRowThreads)
   float bound = floor;
   nb::uint64 of_floor = 0;
   if (is_tried) {
-    const nb::uint32 reached =
-        whole ? 0 : nb::reached_by(static_cast<int>(wanted), summary.of_thread);
-    bound = fmaxf(floor, nb::value_of(reached));  // of NaN, the floor
+    if (!whole) {
+      const nb::uint32 reached = nb::reached_by(static_cast<int>(wanted), summary.of_thread);
+      bound = nb::value_of(max(reached, nb::key_of(floor)));
+    }
     nb::uint64 mine = 0;
     memory.candidates.clear();
     row.template for_each_pack<4>([&](int place, const auto& values) {

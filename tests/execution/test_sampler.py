@@ -136,7 +136,7 @@ any_params = st.fixed_dictionaries(
 @given(st.lists(any_params, min_size=1, max_size=5), st.integers(0, 2**32))
 def test_every_mixed_batch_draws_what_the_reference_draws_for_each_row(batch, seed):
     logits = torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
-    samples = range(20)
+    samples = range(20 if kernels is None else 4)
     rows = [row(seed=seed + i, samples=samples, **each) for i, each in enumerate(batch)]
     output = sample(logits, *rows)
     for i, r in enumerate(rows):
@@ -146,7 +146,7 @@ def test_every_mixed_batch_draws_what_the_reference_draws_for_each_row(batch, se
             continue
         probs = reference_probabilities(scores, r.params)
         sums = torch.cat((torch.zeros(1, dtype=torch.float64), probs.cumsum(-1)))
-        numbers = uniforms([r.seed] * 20, samples, [len(r.tokens)] * 20)
+        numbers = uniforms([r.seed] * len(samples), samples, [len(r.tokens)] * len(samples))
         for number, token in zip(numbers, output.token_ids[i], strict=True):
             assert probs[token] > 0
             if r.params.temperature > 0:  # float32 against float64 leaves a little room
@@ -263,7 +263,7 @@ def test_top_p_acts_on_what_top_k_left():
 )
 @pytest.mark.parametrize("over", ["samples", "positions"])
 def test_frequencies_match_the_exact_distribution(params, over):
-    draws = 20_000 if kernels is None else 4_000
+    draws = 20_000 if kernels is None else 2_000
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(5)) * 1.5
     if over == "samples":
         r = row(seed=11, samples=range(draws), **params)
@@ -287,9 +287,10 @@ def test_tails_of_a_large_vocabulary_are_reached():
     # would stop growing.
     logits = torch.zeros(1, 100_001)
     logits[0, 0] = math.log(100_000)
-    tokens = np.array(sample(logits, row(seed=1, samples=range(4000))).token_ids[0])
+    draws = 4000 if kernels is None else 1000
+    tokens = np.array(sample(logits, row(seed=1, samples=range(draws))).token_ids[0])
     tail = tokens[tokens > 0]
-    assert 0.46 < len(tail) / 4000 < 0.54
+    assert 0.46 < len(tail) / draws < 0.54
     assert tail.max() > 99_000 and 0.44 < (tail > 50_000).mean() < 0.56
 
 

@@ -29,8 +29,8 @@ __device__ __forceinline__ float value_of(uint32 key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// A key that at least k threads' values reach, and hardly more: of the k-th largest, less its low
-// bits. 1 <= k <= kRowThreads.
+// A key that at least k threads' values reach, and hardly more: the k-th largest, less its low bits
+// (and so perhaps none of a number, below that of -inf). 1 <= k <= kRowThreads.
 __device__ __forceinline__ uint32 reached_by(int k, float value) {
   constexpr int kLowBits = 12;
   const uint32 key = key_of(value);
