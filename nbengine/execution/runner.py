@@ -123,7 +123,7 @@ class ModelRunner:
             )
             if kernels is not None and not settings.enforce_eager:
                 graphs = DecodeGraphs(decoder, kv_cache, rows, max_blocks)
-        sampler = Sampler(config.vocab_size, device)
+        sampler = Sampler(config.vocab_size, device, kernels)
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
         return cls(decoder, kv_cache, sampler, buffer=buffer, graphs=graphs), budget
 

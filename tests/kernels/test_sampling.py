@@ -184,6 +184,20 @@ def test_allowed_ids_outside_the_vocabulary_leave_nothing(
     assert draw(program, logits, allowed=(-5, 42, 2**40), samples=3)[0] == [[42, 42, 42]]
 
 
+@pytest.mark.parametrize("module", OPS, ids=lambda module: module.OP.name)
+def test_a_live_call_made_small_is_the_same_call_on_its_first_rows(
+    program_for: Callable[[Op], Program], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in OPS:
+        monkeypatch.setattr(each, "FEW_ROWS", 2, raising=False)
+    program = program_for(module.OP)
+    case = next(iter(module.cases()))
+    whole = case.make(torch.Generator(program.device).manual_seed(0))
+    small = module.OP.compact(whole)
+    lab.verify(module.OP, program, [Case("small", lambda generator: small)])
+    assert len(small["logits"]) == 2
+
+
 def test_a_row_begins_beyond_2_to_the_31_elements(program_for: Callable[[Op], Program]) -> None:
     program = program_for(greedy.OP)
     if program.device.type != "cuda":

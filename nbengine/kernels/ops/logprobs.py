@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nbengine.kernels.cases import FLOATS, normal, poison, sliced, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
-from nbengine.kernels.ops.greedy import ROW_THREADS
+from nbengine.kernels.ops.greedy import FEW_ROWS, ROW_THREADS
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_logits
 
@@ -164,6 +164,16 @@ def cost(arguments: Arguments) -> Cost:
     return Cost(size * logits.element_size(), 5 * size)
 
 
+def compact(arguments: Arguments) -> Arguments:
+    """The first questions, and their rows alone."""
+    few = {name: x[:FEW_ROWS] for name, x in arguments.items() if name != "logits"}
+    rows = few["rows"]
+    return few | {
+        "logits": arguments["logits"][rows],
+        "rows": torch.arange(len(rows), device=rows.device),
+    }
+
+
 OP = Op(
     name="logprobs",
     source="logprobs.cu",
@@ -174,4 +184,5 @@ OP = Op(
     tolerance=tolerance,
     cost=cost,
     bench_cases=bench_cases,
+    compact=compact,
 )

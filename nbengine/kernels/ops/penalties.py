@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nbengine.kernels.cases import FLOATS, normal, poison, sliced, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
+from nbengine.kernels.ops.greedy import FEW_ROWS
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_logits, check_shape
 
@@ -144,6 +145,16 @@ def cost(arguments: Arguments) -> Cost:
     return Cost(entries * (64 + 24 + itemsize), 8 * entries)
 
 
+def compact(arguments: Arguments) -> Arguments:
+    """The first rows, and the places that lie in them."""
+    few = {name: arguments[name][:FEW_ROWS] for name in arguments.keys() & _OF_ROWS}
+    inside = arguments["place"] < few["logits"].numel()
+    return {name: few[name] if name in few else x[inside] for name, x in arguments.items()}
+
+
+_OF_ROWS = {"logits", "repetition", "frequency", "presence"}
+
+
 OP = Op(
     name="penalties",
     source="penalties.cu",
@@ -154,4 +165,5 @@ OP = Op(
     tolerance=tolerance,
     cost=cost,
     bench_cases=bench_cases,
+    compact=compact,
 )

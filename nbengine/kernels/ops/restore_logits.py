@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nbengine.kernels.cases import FLOATS, normal, sliced, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
+from nbengine.kernels.ops.penalties import compact
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_logits
 
@@ -79,4 +80,5 @@ OP = Op(
     tolerance=tolerance,
     cost=cost,
     bench_cases=bench_cases,
+    compact=compact,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nbengine.kernels.cases import normal, poison, sliced, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
-from nbengine.kernels.ops.greedy import ROW_THREADS
+from nbengine.kernels.ops.greedy import FEW_ROWS, ROW_THREADS
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_logits, check_shape
 
@@ -317,6 +317,17 @@ def cost(arguments: Arguments) -> Cost:
     return Cost(logits.numel() * logits.element_size(), 5 * logits.numel())
 
 
+def compact(arguments: Arguments) -> Arguments:
+    """The first rows."""
+    offsets = {
+        name: arguments[name][: FEW_ROWS + 1] for name in ("allowed_offsets", "sample_offsets")
+    }
+    samples, allowed = (int(offsets[f"{of}_offsets"][-1]) for of in ("sample", "allowed"))
+    lengths = {"out_ids": samples, "sample_indices": samples, "allowed_ids": allowed}
+    rest = {name: x[: lengths.get(name, FEW_ROWS)] for name, x in arguments.items()}
+    return rest | offsets
+
+
 OP = Op(
     name="sample",
     source="sampling.cu",
@@ -327,4 +338,5 @@ OP = Op(
     tolerance=tolerance,
     cost=cost,
     bench_cases=bench_cases,
+    compact=compact,
 )
