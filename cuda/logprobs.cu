@@ -4,11 +4,11 @@
 // rows, token_ids   [Q] the questions: a row of the logits, and the token chosen there
 // chosen    [Q] float: logit - log(sum(exp(logits)))
 // rank      [Q] 1 + how many tokens are more likely
-// top_ids, top_logprobs   [Q, k] most likely first, of equals the smaller id; k at most V and 512
+// top_ids, top_logprobs   [Q, k] most likely first, of equals the smaller id; k at most V and 256
 //
 // Rows that hold NaN or +inf, or nothing but -inf, have NaN for log-probabilities and ids 0, 1, ...
 //
-// One block of 1,024 threads a question. The first pass over the row finds the largest value and the
+// One block of 512 threads a question. The first pass over the row finds the largest value and the
 // rank; the second sums up, and gathers the hardly more than k values that reach the k-th largest of
 // the threads' maxima, which are then sorted. So it moves Q * V elements twice; only rows whose
 // largest values are equal by hundreds take more, to select the k-th exactly.
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(nb::kRowThreads)
   const nb::Weight weight{summary.largest, nb::kLog2E};
   nb::uint64 mass = 0, total;
   memory.candidates.clear();
-  row.template for_each_pack<4>([&](int place, const auto& values) {
+  row.template for_each_pack<16>([&](int place, const auto& values) {
     const bool has_any = values.largest() >= bound;
 #pragma unroll
     for (int j = 0; j < values.size; ++j) {

@@ -14,7 +14,7 @@
 // sample_offsets   [R + 1] row r draws out_ids[sample_offsets[r] : sample_offsets[r + 1]], for the
 //           request's samples sample_indices[...]
 //
-// One block of 1,024 threads a row; a row's result depends on that row alone.
+// One block of 512 threads a row; a row's result depends on that row alone.
 //
 // Tokens kept: logit >= largest + temperature * log(min_p); of those the top_k largest and what
 // equals the last of them; of those the fewest largest whose probability is top_p of all, and what
@@ -25,7 +25,7 @@
 // Bytes: each pass reads V elements of the row.
 //   greedy                1 pass
 //   temperature, min_p    2 passes, and 1/32: the segment of the drawn token, from L2
-//   top_k <= 512, or a nucleus of some hundreds    2 passes: the second gathers the few largest
+//   top_k <= 256, or a nucleus of some hundreds    2 passes: the second gathers the few largest
 //   wider                 5 or 6 passes: radix selection over the row
 // 512 rows x 152,064 floats are 311 MB a pass. A single row of it is 0.6 MB for one multiprocessor,
 // some 7 us a pass: little beside reading a model's weights, so rows are not split.
@@ -52,6 +52,7 @@ struct SampleMemory {
   nb::Candidates candidates;
   nb::uint64 mass_of_warp[nb::kRowWarps];
   float floor;
+  nb::uint64 of_floor;
 };
 
 __device__ __forceinline__ nb::uint64 warp_sum(nb::uint64 value) {
@@ -86,13 +87,13 @@ __device__ __forceinline__ nb::uint64 nucleus_goal(double top_p, nb::uint64 tota
 }
 
 // Draws from the values of a row that reach `threshold`, whose warps' segments have these masses,
-// `total` together: one thread calls write(place), with the first place at which the running mass
-// passes u * total, for u = bits / 2^53.
-template <typename T, typename Write>
-__device__ __noinline__ void draw_from_row(nb::LogitsRow<T> row, nb::uint64 bits, nb::uint64 total,
-                                           const nb::uint64 (&mass_of_warp)[nb::kRowWarps],
-                                           float threshold, nb::Weight weight,
-                                           nb::ScanMemory& scan, Write write) {
+// `total` together. One thread gets the first place at which the running mass passes u * total, for
+// u = bits / 2^53; the others get -1.
+template <typename T>
+__device__ __noinline__ int draw_from_row(nb::LogitsRow<T> row, nb::uint64 bits, nb::uint64 total,
+                                          const nb::uint64 (&mass_of_warp)[nb::kRowWarps],
+                                          float threshold, nb::Weight weight,
+                                          nb::ScanMemory& scan) {
   nb::uint64 target = __umul64hi(bits << 11, total);
   int warp = 0;
   while (target >= mass_of_warp[warp]) target -= mass_of_warp[warp++];
@@ -108,15 +109,14 @@ __device__ __noinline__ void draw_from_row(nb::LogitsRow<T> row, nb::uint64 bits
   nb::uint64 mine = 0, of_segment;
   for (int place = begin; place < end; ++place) mine += mass_at(place);
   nb::uint64 before = nb::exclusive_scan(mine, of_segment, scan);
-  if (before <= target && target < before + mine) {
-    int place = begin;
-    for (before += mass_at(place); before <= target; before += mass_at(place)) ++place;
-    write(place);
-  }
+  if (target < before || before + mine <= target) return -1;
+  int place = begin;
+  for (before += mass_at(place); before <= target; before += mass_at(place)) ++place;
+  return place;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(nb::kRowThreads)
+__global__ void __launch_bounds__(nb::kRowThreads, 2)
     sample(nb::int64* out_ids, float* largest, const T* __restrict__ logits,
            const double* __restrict__ temperature, const double* __restrict__ min_p,
            const double* __restrict__ top_p, const nb::int64* __restrict__ top_k,
@@ -132,13 +132,14 @@ __global__ void __launch_bounds__(nb::kRowThreads)
                              num_allowed > 0 ? allowed_ids + allowed_offsets[r] : nullptr,
                              num_allowed);
 
+  const int first_sample = static_cast<int>(sample_offsets[r]);
+
   // The largest.
   const nb::RowSummary summary = nb::summarise(row, memory.summary, [](float) {});
   if (threadIdx.x == 0) largest[r] = summary.largest;
   const bool finite = fabsf(summary.largest) <= nb::kLargestFloat;
   if (!(temperature[r] > 0.0) || !finite) {
-    for (nb::int64 at = sample_offsets[r] + threadIdx.x; at < sample_offsets[r + 1];
-         at += nb::kRowThreads) {
+    for (int at = first_sample + threadIdx.x; at < static_cast<int>(sample_offsets[r + 1]); at += nb::kRowThreads) {
       out_ids[at] = row.id_at(summary.place);
     }
     return;
@@ -146,14 +147,15 @@ __global__ void __launch_bounds__(nb::kRowThreads)
 
   // One draw for each sample, from what reaches a threshold.
   const nb::Weight weight{summary.largest, nb::kLog2E / static_cast<float>(temperature[r])};
-  const auto bits_of = [&](nb::int64 at) {
+  const auto bits_of = [&](int at) {
     return nb::uniform_bits(seed[r], sample_indices[at], position[r]);
   };
   const auto draw_from_all = [&](float threshold) {
     const nb::uint64 total = mass_of(row, threshold, weight, memory.mass_of_warp);
-    for (nb::int64 at = sample_offsets[r]; at < sample_offsets[r + 1]; ++at) {
-      draw_from_row(row, bits_of(at), total, memory.mass_of_warp, threshold, weight,
-                    memory.select.scan, [&](int place) { out_ids[at] = row.id_at(place); });
+    for (int at = first_sample; at < static_cast<int>(sample_offsets[r + 1]); ++at) {
+      const int place = draw_from_row(row, bits_of(at), total, memory.mass_of_warp, threshold,
+                                      weight, memory.select.scan);
+      if (place >= 0) out_ids[at] = row.id_at(place);
     }
   };
   const auto draw_from_few = [&](const nb::ByPlace& few, float threshold) {
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(nb::kRowThreads)
     const nb::uint64 mass = has_one && value >= threshold ? weight(value) : 0;
     nb::uint64 total;
     const nb::uint64 before = nb::exclusive_scan(mass, total, memory.select.scan);
-    for (nb::int64 at = sample_offsets[r]; at < sample_offsets[r + 1]; ++at) {
+    for (int at = first_sample; at < static_cast<int>(sample_offsets[r + 1]); ++at) {
       const nb::uint64 target = __umul64hi(bits_of(at) << 11, total);
       if (before <= target && target < before + mass) {
         out_ids[at] = row.id_at(few.place_at(threadIdx.x));
@@ -184,20 +186,19 @@ __global__ void __launch_bounds__(nb::kRowThreads)
     return;
   }
 
-  // The few largest, if top_k allows: `of_floor` is the mass of all that min_p keeps.
+  // The few largest, if top_k allows; and for a nucleus the mass of all that min_p keeps.
   const bool whole = row.size() <= nb::kCapacity;
-  const nb::int64 wanted = by_top_k ? top_k[r] : nb::kMostByThreads;
+  const int wanted = by_top_k ? static_cast<int>(top_k[r]) : nb::kMostByThreads;
   const bool is_tried = whole || wanted <= nb::kMostByThreads;
   float bound = floor;
-  nb::uint64 of_floor = 0;
   if (is_tried) {
     if (!whole) {
-      const nb::uint32 reached = nb::reached_by(static_cast<int>(wanted), summary.of_thread);
+      const nb::uint32 reached = nb::reached_by(wanted, summary.of_thread);
       bound = nb::value_of(max(reached, nb::key_of(floor)));
     }
     nb::uint64 mine = 0;
     memory.candidates.clear();
-    row.template for_each_pack<4>([&](int place, const auto& values) {
+    row.template for_each_pack<16>([&](int place, const auto& values) {
       const bool has_any = values.largest() >= bound;
 #pragma unroll
       for (int j = 0; j < values.size; ++j) {
@@ -206,18 +207,22 @@ __global__ void __launch_bounds__(nb::kRowThreads)
         if (has_any && value >= bound) memory.candidates.add(place + j, __float_as_uint(value));
       }
     });
+    nb::uint64 of_floor;
     nb::exclusive_scan(mine, of_floor, memory.select.scan);
+    if (threadIdx.x == 0) memory.of_floor = of_floor;
   }
 
   // The threshold of all three, from a source that holds all entries from `low` on.
   const auto select = [&](const auto& source, float low) {
     const nb::uint32 high = nb::key_of(summary.largest);
     const auto by_value = [](int, float value) { return nb::key_of(value); };
-    nb::uint64 total = of_floor;
+    nb::uint64 total;
     if (by_top_k) {
       low = nb::value_of(nb::radix_select<false>(source, nb::key_of(low), high, top_k[r], by_value,
                                                  nb::One(), memory.select));
       total = mass_of(source, low, weight, memory.mass_of_warp);
+    } else {
+      total = memory.of_floor;
     }
     if (by_top_p) {
       low = nb::value_of(nb::radix_select<true>(source, nb::key_of(low), high,
@@ -230,7 +235,7 @@ __global__ void __launch_bounds__(nb::kRowThreads)
     memory.candidates.sort();
     const nb::ByPlace few{memory.candidates};
     if (by_top_k || mass_of(few, bound, weight, memory.mass_of_warp) >=
-                        nucleus_goal(top_p[r], of_floor)) {
+                        nucleus_goal(top_p[r], memory.of_floor)) {
       draw_from_few(few, select(few, bound));
       return;
     }
@@ -238,10 +243,10 @@ __global__ void __launch_bounds__(nb::kRowThreads)
 
   // Else the whole row. Tokens of probability below (1 - p) / V weigh less than 1 - p together, so
   // none is in a nucleus; half of that leaves room for rounding.
-  float low = floor;
+  float low = memory.floor;
   if (!by_top_k) {
     const float share = static_cast<float>(1.0 - top_p[r]) / row.size();
-    const float whole_weight = static_cast<float>(of_floor) / nb::kMassOfOne;
+    const float whole_weight = static_cast<float>(memory.of_floor) / nb::kMassOfOne;
     low = fmaxf(low, summary.largest + log2f(0.5f * share * whole_weight) / weight.scale);
   }
   draw_from_all(select(row, low));

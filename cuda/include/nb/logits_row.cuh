@@ -21,7 +21,7 @@
 
 namespace nb {
 
-constexpr int kRowThreads = 1024;
+constexpr int kRowThreads = 512;
 constexpr int kRowWarps = kRowThreads / kWarpSize;
 constexpr float kLargestFloat = 3.402823466e+38f;
 constexpr float kMassOfOne = 549755813888.0f;  // 2^39: the sum of 2^19 tokens stays below 2^58
@@ -86,8 +86,8 @@ struct LogitsRow {
   }
 
   // Calls visit(place, values) with the Values of consecutive places, until all were seen. Where a
-  // pack reaches over the row's ends, the values outside are -inf. A thread has kInFlight independent
-  // loads in flight; more make the code larger.
+  // pack reaches over the row's ends, the values outside are -inf. A thread has kInFlight elements in
+  // flight, in independent loads; more take registers and code.
   template <int kInFlight, typename Visit>
   __device__ __forceinline__ void for_each_pack(Visit visit) const {
     const int lane = threadIdx.x % kWarpSize;
@@ -99,13 +99,14 @@ struct LogitsRow {
       }
       return;
     }
+    constexpr int kPacks = kInFlight / Packed::size;
     constexpr int kStep = kWarpSize * Packed::size;
-    for (int start = first + lane * Packed::size; start < last; start += kInFlight * kStep) {
-      Packed packs[kInFlight];
+    for (int start = first + lane * Packed::size; start < last; start += kPacks * kStep) {
+      Packed packs[kPacks];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) packs[i] = pack_at(start + i * kStep, last);
+      for (int i = 0; i < kPacks; ++i) packs[i] = pack_at(start + i * kStep, last);
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
+      for (int i = 0; i < kPacks; ++i) {
         Values<Packed::size> values;
 #pragma unroll
         for (int j = 0; j < Packed::size; ++j) values.items[j] = to_float(packs[i].items[j]);
@@ -117,7 +118,7 @@ struct LogitsRow {
   // Calls visit(place, value) for every place, and perhaps for places beside the row, with -inf.
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for_each_pack<1>([&](int place, const auto& values) {
+    for_each_pack<Packed::size>([&](int place, const auto& values) {
 #pragma unroll
       for (int j = 0; j < values.size; ++j) visit(place + j, values.items[j]);
     });
@@ -164,7 +165,7 @@ __device__ RowSummary summarise(const LogitsRow<T>& row, SummaryMemory& memory, 
   float largest = -infinity();
   int place = row.begin;
   bool nan = false;
-  row.template for_each_pack<4>([&](int at, const auto& values) {
+  row.template for_each_pack<16>([&](int at, const auto& values) {
     const float of_pack = values.largest();
     if (of_pack > largest) {
       largest = of_pack;

@@ -12,7 +12,7 @@ from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_logits
 
-ROW_THREADS = 1024
+ROW_THREADS = 512
 """`nb::kRowThreads`: one block for each row."""
 
 

@@ -13,7 +13,7 @@ from nbengine.kernels.ops.greedy import FEW_ROWS, ROW_THREADS
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_logits
 
-MAX_TOP = 512
+MAX_TOP = 256
 """The largest k of one call."""
 
 
@@ -37,7 +37,7 @@ def launch(
     top_ids 0, 1, ... Rows of the logits may be slices of wider ones.
 
     Raises:
-        ValueError: shapes do not fit, V is above 524,288, or k above V or 512.
+        ValueError: shapes do not fit, V is above 524,288, or k above V or 256.
     """
     vocab_size = logits.shape[1]
     num_questions, k = top_ids.shape

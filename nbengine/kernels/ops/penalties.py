@@ -146,8 +146,8 @@ def cost(arguments: Arguments) -> Cost:
 
 
 def compact(arguments: Arguments) -> Arguments:
-    """The first rows, and the places that lie in them."""
-    few = {name: arguments[name][:FEW_ROWS] for name in arguments.keys() & _OF_ROWS}
+    """Copies of the first rows, and the places that lie in them."""
+    few = {name: arguments[name][:FEW_ROWS].clone() for name in arguments.keys() & _OF_ROWS}
     inside = arguments["place"] < few["logits"].numel()
     return {name: few[name] if name in few else x[inside] for name, x in arguments.items()}
 

@@ -193,8 +193,8 @@ _ROWS = (
     _Row(samples=0),
 )
 _WIDE = (
-    _Row(top_k=512, temperature=0.8),
-    _Row(top_k=513, temperature=0.8),
+    _Row(top_k=256, temperature=0.8),
+    _Row(top_k=257, temperature=0.8),
     _Row(top_k=9000, top_p=0.7, spread=1.0),
     _Row(top_k=3, spread=0.0, top_p=0.25),
     _Row(allowed=tuple(range(5, 8000, 2)), top_p=0.99, spread=1.0),
