@@ -21,9 +21,9 @@ from nbengine.kernels.source import CUDA_ROOT
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 
-MAY_SPILL_BYTES = {"paged_attention_prefill": 64, "sample": 16}
-"""How many addresses prefill's tile leaves registers for depends on NVRTC's version. `sample` keeps
-a word or two across calls, outside of its loops, so that two blocks fit a multiprocessor."""
+MAY_SPILL_BYTES = {"paged_attention_decode": 64, "paged_attention_prefill": 64, "sample": 16}
+"""How many addresses the tiles of attention leave registers for depends on NVRTC's version. `sample`
+keeps a word or two across calls, outside of its loops, so that two blocks fit a multiprocessor."""
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="NVRTC has no build for macOS")
 

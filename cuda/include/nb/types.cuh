@@ -128,4 +128,20 @@ __device__ __forceinline__ Pack<T> load_pack_once(const T* source) {
 #endif
 }
 
+// The 16 bytes that lie kOffset bytes after `source`. No other thread reads them and none writes them
+// during the launch: they take no place in the L1, but bring their whole 128-byte line into the L2.
+// The offset is part of the instruction, and the compiler may move the load.
+template <int kOffset, typename T>
+__device__ __forceinline__ Pack<T> load_pack_at(const T* source) {
+#ifdef NB_EMULATOR
+  return load_pack(source + kOffset / static_cast<int>(sizeof(T)));
+#else
+  uint4 words;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4 + %5];\n"
+      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+      : "l"(source), "n"(kOffset));
+  return *reinterpret_cast<const Pack<T>*>(&words);
+#endif
+}
+
 }  // namespace nb

@@ -9,22 +9,57 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from nbengine.kernels.cases import normal, poison, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
 from nbengine.kernels.program import Program
+from nbengine.kernels.shapes import check_dense, check_rows, check_shape
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP = 16
-_CPU_WORKERS = 6
-"""In the emulator: few enough that small cases have chunks of several sequences."""
+_MAX_BLOCKS_PER_MULTIPROCESSOR = 4
+_MIN_CHUNK = (2, 4)
+"""Units (of 16 keys for each warp) that a block has at least, with many pairs and with few: to put
+together two halves takes as long as some units."""
+
+
+def block_shape(dtype: torch.dtype, head_dim: int, group: int, few_pairs: bool) -> tuple[int, int]:
+    """Warps of a block, and blocks of a multiprocessor: as many warps as the registers allow, where
+    a lane holds its part of a tile's keys and values and of the outputs of 8 or 16 queries.
+
+    Small blocks let one load while another sums up its warps; with a single block there are fewer
+    parts to put together, which counts where pairs of a sequence and a KV head are few."""
+    if dtype == torch.float32:
+        return 4, 1
+    if group <= 8:
+        blocks = 4 if head_dim <= 80 else 3 if head_dim <= 128 else 2
+    else:
+        blocks = 3 if head_dim <= 64 else 2
+    return (4 * blocks, 1) if few_pairs else (4, blocks)
 
 
 def workspace_bytes(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """Size of the uint8 `workspace` of a launch, whatever its sequences: partial results of each
-    worker (two at most) and a counter. Zero it once; every launch leaves the counters zero, so that
-    launches on one stream may share it."""
-    workers = _workers(device)
-    rows = 8 * -(-num_heads // num_kv_heads // 8)
-    return _counter_bytes(workers) + 2 * workers * rows * (head_dim + 2) * 4
+    """Size of the uint8 `workspace` of a launch, whatever its sequences and its dtype: partial
+    results of each block (two at most) and a counter. Zero it once; every launch leaves the
+    counters zero, so that the launches of one stream may share it."""
+    blocks = _max_blocks(device)
+    return 16 * blocks + 2 * blocks * _partial_bytes(num_heads // num_kv_heads, head_dim)
+
+
+def _partial_bytes(group: int, head_dim: int) -> int:
+    """Of the kernel's `Partial`: outputs, maximum and total of each query in float."""
+    return 4 * (head_dim + 2) * 8 * -(-group // 8)
+
+
+def _max_blocks(device: torch.device) -> int:
+    return _MAX_BLOCKS_PER_MULTIPROCESSOR * _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """The emulated device is so small that short sequences already share its blocks."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(
@@ -57,16 +92,43 @@ def launch(
     Raises:
         ValueError: a shape, stride or workspace size that the kernel does not take.
     """
-    num_seqs, (_, num_heads, head_dim) = len(seq_lens), q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
+    num_seqs, (num_rows, num_heads, head_dim) = len(seq_lens), q.shape
+    num_blocks, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    _check(q, out, k_cache, v_cache, block_tables, workspace)
-    warps, query_tiles = 8, -(-group // 8)
-    workers = _workers(program.device)
-    unit = 16 * warps
-    units = num_seqs * num_kv_heads * -(-max_seq_len // unit)
-    kernel = program.kernel("paged_attention_decode", q.dtype, head_dim, query_tiles, warps)
-    kernel[min(workers, units), 32 * warps](
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}, and must be one of {HEAD_DIMS}")
+    if num_heads % num_kv_heads or group > MAX_GROUP:
+        raise ValueError(
+            f"{num_heads} query heads over {num_kv_heads} KV heads: a KV head serves a whole number "
+            f"of query heads, {MAX_GROUP} at most"
+        )
+    if block_size < 8 or block_size & (block_size - 1):
+        raise ValueError(f"block_size is {block_size}, and must be a power of two from 8 on")
+    check_rows("q", q, num_rows, num_heads, head_dim)
+    check_rows("out", out, num_rows, num_heads, head_dim)
+    check_dense("k_cache", k_cache, num_blocks, num_kv_heads, block_size, head_dim)
+    check_dense("v_cache", v_cache, num_blocks, num_kv_heads, block_size, head_dim)
+    check_shape("block_tables", block_tables, num_seqs, block_tables.shape[1])
+    if block_tables.stride(1) != 1:
+        raise ValueError("each row of block_tables must be dense")
+    check_dense("seq_lens", seq_lens, num_seqs, alignment=8)
+    if rows is not None:
+        check_dense("rows", rows, num_seqs, alignment=8)
+    needed = workspace_bytes(q.device, num_heads, num_kv_heads, head_dim)
+    if workspace.numel() < needed:
+        raise ValueError(f"the workspace has {workspace.numel():,} bytes, and needs {needed:,}")
+
+    multiprocessors = _multiprocessors(program.device)
+    pairs = num_seqs * num_kv_heads
+    few_pairs = pairs <= multiprocessors
+    warps, blocks_per_sm = block_shape(q.dtype, head_dim, group, few_pairs)
+    min_chunk = _MIN_CHUNK[few_pairs]
+    chunks = pairs * -(-max_seq_len // (16 * warps * min_chunk))
+    kernel = program.kernel(
+        "paged_attention_decode", q.dtype, head_dim, -(-group // 8), warps, blocks_per_sm
+    )
+    grid = min(blocks_per_sm * multiprocessors, chunks)
+    kernel[grid, 32 * warps, warps * _partial_bytes(group, head_dim)](
         out,
         q,
         k_cache,
@@ -75,7 +137,7 @@ def launch(
         seq_lens,
         rows,
         workspace,
-        _counter_bytes(workers),
+        _max_blocks(q.device),
         num_seqs,
         num_kv_heads,
         group,
@@ -86,50 +148,9 @@ def launch(
         scale,
         window or 0,
         softcap or 0.0,
+        few_pairs,
+        min_chunk,
     )
-
-
-def _check(
-    q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, workspace: Tensor
-) -> None:
-    num_heads, head_dim = q.shape[1:]
-    _, num_kv_heads, block_size, cache_dim = k_cache.shape
-    if head_dim not in HEAD_DIMS or cache_dim != head_dim:
-        raise ValueError(
-            f"head_dim must be one of {HEAD_DIMS} in q and cache, not {head_dim} and {cache_dim}"
-        )
-    if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
-        raise ValueError(
-            f"{num_heads} query heads over {num_kv_heads} KV heads: give a whole number of query "
-            f"heads for each KV head, {MAX_GROUP} at most"
-        )
-    if block_size < 8 or block_size & (block_size - 1):
-        raise ValueError(f"block_size must be a power of two from 8 on, not {block_size}")
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape):
-        raise ValueError("k_cache and v_cache must be dense and of one shape")
-    if tables.stride(1) != 1:
-        raise ValueError("the rows of block_tables must be dense")
-    for name, tensor in (("q", q), ("out", out)):
-        if tensor.stride()[1:] != (head_dim, 1) or tensor.stride(0) * tensor.element_size() % 16:
-            raise ValueError(
-                f"{name} must have dense rows that start at multiples of 16 bytes; its strides are "
-                f"{tensor.stride()}"
-            )
-    needed = workspace_bytes(q.device, num_heads, num_kv_heads, head_dim)
-    if workspace.numel() < needed:
-        raise ValueError(f"the workspace has {workspace.numel():,} bytes; {needed:,} are needed")
-
-
-@cache
-def _workers(device: torch.device) -> int:
-    """Blocks of the grid: as many as the device holds at once."""
-    if device.type == "cpu":
-        return _CPU_WORKERS
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _counter_bytes(workers: int) -> int:
-    return 16 * -(-workers // 4)
 
 
 def reference(
@@ -171,7 +192,8 @@ def cases() -> Iterator[Case]:
     yield case(bfloat, (2, 2, 64), 8, edges, spread_rows=True)
     yield case(bfloat, (4, 2, 64), 32, ragged, softcap=5.0)
     yield case(bfloat, (7, 2, 128), 16, ragged)
-    yield case(bfloat, (7, 1, 128), 16, (900,))
+    yield case(bfloat, (7, 1, 128), 16, (1700,))
+    yield case(bfloat, (7, 1, 128), 16, (900, 100, 50, 900))
     yield case(bfloat, (8, 1, 80), 16, (129, 31))
     yield case(bfloat, (8, 1, 96), 256, (129, 31))
     yield case(bfloat, (2, 1, 256), 16, (40, 273))
@@ -201,9 +223,6 @@ def case(
     def make(generator: torch.Generator) -> Arguments:
         device = generator.device
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
-
         def shuffled(n: int) -> Tensor:
             return torch.randperm(n, generator=generator, device=device)
 
@@ -212,12 +231,7 @@ def case(
         order = 1 + shuffled(sum(num_blocks))  # block 0 is no sequence's
         tables = torch.zeros(len(lengths), max(num_blocks) + 1, dtype=torch.int64, device=device)
         caches = [
-            torch.full(
-                (len(order) + 1, kv_heads, block_size, head_dim),
-                torch.nan,
-                dtype=dtype,
-                device=device,
-            )
+            poison(generator, dtype, len(order) + 1, kv_heads, block_size, head_dim)
             for _ in range(2)
         ]
         for s, blocks in enumerate(order.split(num_blocks)):
@@ -226,13 +240,13 @@ def case(
             positions = torch.arange(first, lengths[s], device=device)
             for kv in caches:
                 kv[blocks[positions // block_size], :, positions % block_size] = normal(
-                    len(positions), kv_heads, head_dim
+                    generator, dtype, len(positions), kv_heads, head_dim
                 )
         num_rows = 2 * len(lengths) if spread_rows else len(lengths)
-        qkv = normal(num_rows, (group + 2) * kv_heads, head_dim)
+        qkv = normal(generator, dtype, num_rows, (group + 2) * kv_heads, head_dim)
         num_heads = group * kv_heads
         return {
-            "out": torch.full((num_rows, num_heads, head_dim), torch.nan, dtype=dtype).to(device),
+            "out": poison(generator, dtype, num_rows, num_heads, head_dim),
             "q": qkv[:, :num_heads],
             "k_cache": caches[0],
             "v_cache": caches[1],
@@ -250,11 +264,16 @@ def case(
             "max_seq_len": max(lengths),
         }
 
-    name = f"{str(dtype)[6:]}-{group}x{kv_heads}x{head_dim}-block{block_size}"
-    name += f"-{len(lengths)}seqs-{max(lengths)}"
-    name += f"-window{window}" if window else ""
-    name += "-softcap" if softcap else ""
-    return Case(name + ("-rows" if spread_rows else ""), make)
+    words = (
+        f"{group}x{kv_heads}x{head_dim}",
+        f"block{block_size}",
+        f"{len(lengths)}seqs",
+        max(lengths),
+        f"window{window}" if window else "",
+        "softcap" if softcap else "",
+        "rows" if spread_rows else "",
+    )
+    return Case(title(dtype, *words), make)
 
 
 def bench_cases() -> Iterator[Case]:
