@@ -28,7 +28,7 @@
 //   top_k <= 256, or a nucleus of some hundreds    2 passes: the second gathers the few largest
 //   wider                 5 or 6 passes: radix selection over the row
 // 512 rows x 152,064 floats are 311 MB a pass. A single row of it is 0.6 MB for one multiprocessor,
-// some 7 us a pass: little beside reading a model's weights, so rows are not split.
+// some 10 us a pass: little beside reading a model's weights, so rows are not split.
 
 #include "nb/philox.cuh"
 #include "nb/select.cuh"
