@@ -8,6 +8,7 @@ prelude and an entry that unpacks its arguments.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -31,26 +32,26 @@ _HERE = Path(__file__).parent
 _INCLUDE = _HERE / "include"
 _RUNTIME = _HERE / "runtime"
 
-_COMMON: tuple[str, ...] = (
+_COMMON = (
     "-std=gnu++17",
     "-fPIC",
     "-fno-strict-aliasing",
+    "-fno-math-errno",
     "-fvisibility=hidden",
     "-pthread",
     "-w",
 )
-if sys.platform != "darwin":
-    _COMMON = (*_COMMON, "-fno-gnu-unique")  # else two versions of a kernel would share variables
-_FAST = ("-O2", "-march=native", "-fno-math-errno")
+_FAST = ("-O2", "-march=native")
 _CHECKED = (
     "-O1",
     "-g1",
     "-fsanitize=thread",  # calls the runtime before every access to memory
     "-fsanitize=alignment,bounds,integer-divide-by-zero",
-    "-fno-math-errno",
-    # Nothing that reads memory where the source does not.
-    "-fno-tree-loop-im",
-    "-fno-ssa-phiopt",
+)
+_ONLY_GCC = (
+    "-fno-gnu-unique",  # else two versions of a kernel would share variables
+    # With checks, nothing that reads memory where the source does not.
+    *("-fno-tree-loop-im", "-fno-ssa-phiopt"),
 )
 
 
@@ -82,7 +83,7 @@ class Library:
 def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     """The library of one kernel. Raises `CompileError` and `NoCompiler`."""
     text = _translation_unit(source, expression)
-    flags = (*_COMMON, *(_CHECKED if checks else _FAST))
+    flags = (*_COMMON, *(_CHECKED if checks else _FAST), *(() if _is_clang() else _ONLY_GCC))
     headers = "".join(f"{path}\0{text}" for path, text in source.headers())
     key = _key(text, headers, str(source.folder), *flags)
     include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *_nvidia_headers())]
@@ -93,11 +94,14 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     def make(scratch: Path, target: Path) -> None:
         unit, compiled = scratch / UNIT, str(scratch / "kernel.o")
         unit.write_text(text)
+        storage = scratch / "storage.cpp"
+        storage.write_text(_storage(source))
         try:
             _run(
                 *flags, *include, "-include", str(_prelude(flags)), "-c", str(unit), "-o", compiled
             )
-            _run(compiled, str(runtime()), *wrapped, "-shared", "-pthread", "-o", str(target))
+            _run(*_COMMON, "-c", str(storage), "-o", f"{compiled}2")
+            _run(compiled, f"{compiled}2", str(runtime()), *wrapped, "-shared", "-o", str(target))
         except _Refused as refused:
             title = f"{source.name}: {expression} does not compile for the emulator"
             said = parse_gcc(str(refused))
@@ -160,7 +164,7 @@ def _unmangled(symbol: str) -> str:
 def runtime() -> Path:
     """The library that all kernels are linked to."""
     sources = map(str, sorted(_RUNTIME.glob("*.cpp")))
-    flags = ("-std=gnu++17", "-O2", "-fPIC", "-shared", "-pthread")
+    flags = ("-std=gnu++17", "-O2", "-fPIC", "-shared", "-pthread", "-ftls-model=initial-exec")
     return _made(
         f"runtime-{_key(*flags)}.so",
         lambda _, target: _run(*flags, *sources, "-o", str(target)),
@@ -186,18 +190,18 @@ def _prelude(flags: tuple[str, ...]) -> Path:
 
 def _translation_unit(source: Source, expression: str) -> str:
     name = source.name.replace("\\", "\\\\").replace('"', '\\"')
-    # The name's storage, and the initialisation that C++ expects of a thread_local defined elsewhere.
-    storage = "".join(
-        f"alignas(1024) thread_local unsigned char nb_dynamic_shared_{i}[{MAX_SHARED_BYTES}] "
-        f'__asm__("{_PREFIX}{symbol}");\n'
-        f'extern "C" void nb_initialised_{i}() __asm__("{_PREFIX}_ZTH{len(symbol)}{symbol}");\n'
-        f'extern "C" void nb_initialised_{i}() {{}}\n'
-        for i, symbol in enumerate(_dynamic_shared(source))
+    return f'#line 1 "{name}"\n{source.text}\n#line 1 "(the emulator\'s entry)"\n' + _ENTRY.replace(
+        "KERNEL", expression
     )
-    return (
-        f'#line 1 "{name}"\n{source.text}\n#line 1 "(the emulator\'s entry)"\n'
-        + storage
-        + _ENTRY.replace("KERNEL", expression)
+
+
+def _storage(source: Source) -> str:
+    """A second unit: what the names of dynamic shared memory stand for, of whatever type they were
+    declared, and the initialisation that C++ expects of a thread_local defined elsewhere."""
+    return "".join(
+        f"alignas(1024) thread_local unsigned char {name}[{MAX_SHARED_BYTES}];\n"
+        f'extern "C" void _ZTH{len(name)}{name}() {{}}\n'
+        for name in _dynamic_shared(source)
     )
 
 
@@ -206,7 +210,6 @@ def _dynamic_shared(source: Source) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_DYNAMIC_SHARED.findall(_without_comments(source.text))))
 
 
-_PREFIX = "_" if sys.platform == "darwin" else ""  # of C names in assembly
 _DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\b[^;]*?\b(\w+)\s*\[\s*\]\s*;")
 
 _ENTRY = """
@@ -268,6 +271,16 @@ def _compiler() -> str:
 
 
 @functools.cache
+def _compiler_version() -> str:
+    command = [_compiler(), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _is_clang() -> bool:
+    return "clang" in _compiler_version()
+
+
+@functools.cache
 def _nvidia_headers() -> tuple[Path, ...]:
     """Folders with cuda_fp16.h and nv/target."""
     roots = [Path(sysconfig.get_paths()[kind]) / "nvidia" for kind in ("purelib", "platlib")]
@@ -298,14 +311,12 @@ def _nvidia_headers() -> tuple[Path, ...]:
 def _made_from() -> str:
     """What every library depends on: our headers and sources, the compiler, the processor."""
     digest = hashlib.sha256()
-    for folder in (_HERE, INCLUDE_ROOT):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cpp", ".cuh", ".py"):
-                digest.update(path.name.encode() + path.read_bytes())
+    own = (*sorted(_INCLUDE.rglob("*.h")), *sorted(_RUNTIME.iterdir()), Path(__file__))
+    for path in own:
+        digest.update(path.name.encode() + path.read_bytes())
     for folder in _nvidia_headers():
         digest.update(str(folder).encode())
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True)
-    digest.update(f"{_compiler()} {version.stdout} {platform.machine()}".encode())
+    digest.update(f"{_compiler()} {_compiler_version()} {platform.machine()}".encode())
     info = Path("/proc/cpuinfo")  # what -march=native means
     if info.exists():
         lines = info.read_text(errors="replace").splitlines()
@@ -337,10 +348,29 @@ def _run(*arguments: str) -> None:
 def _made(name: str, make: Callable[[Path, Path], object]) -> Path:
     """The file of this name in the cache, made there first if it is missing."""
     target = _cache() / name
-    if not target.exists():
+    if target.exists():
+        with contextlib.suppress(OSError):
+            os.utime(target)  # those not used for longest go first
+            os.utime(target.parent)
+    else:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
             made = Path(scratch) / target.name
             make(Path(scratch), made)
             made.replace(target)  # whole or not at all, whoever else makes it
+        _keep_bounded()
     return target
+
+
+def _keep_bounded() -> None:
+    for pattern, num_kept in _KEPT.items():
+        found = sorted(_cache().glob(pattern), key=lambda path: path.stat().st_mtime)
+        for path in found[:-num_kept]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+_KEPT = {"kernel-*.so": 4096, "runtime-*.so": 64, "prelude-*": 8}
+"""How many stay in the cache: a kernel takes some 20 KiB, a precompiled prelude 32 MiB."""

@@ -130,9 +130,8 @@ void Block::exited(Thread& thread) {
   auto& groups = groups_[static_cast<size_t>(warp)];
   for (size_t i = groups.size(); i-- > 0;) {
     if ((groups[i].mask & live_lanes(warp) & ~groups[i].arrived) != 0) continue;
-    const Group group = groups[i];
+    finish(groups[i], warp);
     groups.erase(groups.begin() + static_cast<std::ptrdiff_t>(i));
-    finish(group, warp);
   }
   if (live_ > 0 && waiting_ == live_) release_barrier();
 }
@@ -187,9 +186,8 @@ void Block::warp_together(unsigned mask, void* arguments, Execute execute, const
   group->lanes[me.lane()] = arguments;
   group->arrived |= bit;
   if ((mask & live_lanes(me.warp()) & ~group->arrived) == 0) {
-    const Group complete = *group;
+    finish(*group, me.warp());
     groups.erase(group);
-    finish(complete, me.warp());
   } else {
     wait();
   }

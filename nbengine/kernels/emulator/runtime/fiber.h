@@ -29,7 +29,7 @@ class Fiber {
 
  private:
   void (*entry_)();
-  char* stack_;
+  char *stack_, *top_;
 };
 
 // Leaves the running stack, kept in `*saved`, for the one in `next`.

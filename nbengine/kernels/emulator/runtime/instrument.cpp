@@ -92,7 +92,8 @@ extern "C" void* __wrap_memset(void*, int, size_t) __attribute__((alias("__tsan_
   NB_FETCH(bits, T, or)                                                                            \
   NB_FETCH(bits, T, xor)                                                                           \
   NB_CAS(bits, T, strong)                                                                          \
-  NB_CAS(bits, T, weak)
+  NB_CAS(bits, T, weak)                                                                            \
+  NB_CAS_VAL(bits, T)
 #define NB_FETCH(bits, T, op)                                                                      \
   extern "C" T __tsan_atomic##bits##_fetch_##op(volatile T* a, T value, int) {                     \
     announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
@@ -104,6 +105,13 @@ extern "C" void* __wrap_memset(void*, int, size_t) __attribute__((alias("__tsan_
     announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
     return __atomic_compare_exchange_n(a, expected, value, false, __ATOMIC_SEQ_CST,                \
                                        __ATOMIC_SEQ_CST);                                          \
+  }
+#define NB_CAS_VAL(bits, T)                                                                        \
+  extern "C" T __tsan_atomic##bits##_compare_exchange_val(volatile T* a, T expected, T value, int, \
+                                                          int) {                                   \
+    announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
+    __atomic_compare_exchange_n(a, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);   \
+    return expected;                                                                               \
   }
 NB_ATOMICS(8, uint8_t)
 NB_ATOMICS(16, uint16_t)
