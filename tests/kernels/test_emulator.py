@@ -433,7 +433,7 @@ def test_without_a_compiler_the_error_says_what_to_install(
 def test_a_compiled_kernel_is_found_again_by_another_process() -> None:
     text = "__global__ void kernel(int* out) { out[0] = 41 + 1; }"
     found = build.compile_kernel(Source(text, "cached.cu"), "kernel", False).path
-    made = found.stat().st_mtime_ns
+    made = found.stat().st_ino
     script = f"""
 import torch
 from nbengine.kernels.emulator import EmulatedProgram
@@ -444,7 +444,7 @@ print(out.item())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "42\n", done.stderr
-    assert found.stat().st_mtime_ns == made
+    assert found.stat().st_ino == made
 
 
 def test_counters_of_a_copy_and_of_a_transpose() -> None:

@@ -160,7 +160,6 @@ def _unmangled(symbol: str) -> str:
     return found
 
 
-@functools.cache
 def runtime() -> Path:
     """The library that all kernels are linked to."""
     sources = map(str, sorted(_RUNTIME.glob("*.cpp")))
@@ -171,7 +170,6 @@ def runtime() -> Path:
     )
 
 
-@functools.cache
 def _prelude(flags: tuple[str, ...]) -> Path:
     """A header beside which its precompiled form lies."""
     header = _cache() / f"prelude-{_key(*flags)}" / "prelude.h"
