@@ -288,14 +288,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
         highest = fmaxf(highest, fmaxf(scores[i / 2][n][i % 2 * 2], scores[i / 2][n][i % 2 * 2 + 1]));
       }
       highest = nb::warp_reduce<nb::Max, 4>(highest, nb::Max()) * factor;
-      correction[i] = 1.0f;
-      if (highest > maximum[i] + kSlack) {
-        correction[i] = nb::exp2_fast(maximum[i] - highest);
-        maximum[i] = highest;
-        rescaled = true;
-      }
+      const bool raised = highest > maximum[i] + kSlack;
+      const float before = maximum[i];
+      maximum[i] = raised ? highest : before;
+      rescaled |= raised;
       // A row that has seen nothing yet: any finite number keeps exp2(-infinity - it) at zero.
       const float base = kWindow && maximum[i] == -nb::infinity() ? 0.0f : maximum[i];
+      correction[i] = nb::exp2_fast(before - base);
       sum[i] *= correction[i];
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
