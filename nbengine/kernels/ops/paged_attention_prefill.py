@@ -80,7 +80,7 @@ def launch(
         window is not None,
         softcap is not None,
     )
-    kernel[(num_tiles, kv_heads), tile.warps * 32, tile.shared_bytes](
+    kernel[(kv_heads, num_tiles), tile.warps * 32, tile.shared_bytes](
         out,
         q,
         k_cache,
