@@ -6,6 +6,7 @@ paged_attention_decode: `members` says which of the sequences this call computes
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -143,6 +144,7 @@ class Tiling:
         return (self.warps, self.rows_per_warp, self.keys, self.blocks_per_sm)
 
 
+@functools.cache
 def tiling(dtype: torch.dtype, head_dim: int, limits: Limits) -> Tiling:
     """The shape of a tile for this head size: the first that the device's shared memory holds."""
     if dtype == torch.float32:
