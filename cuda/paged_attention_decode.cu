@@ -16,10 +16,11 @@
 //
 // Work. A *unit* is 16 keys for each warp of a block; a *pair* is one KV head of one sequence. The
 // units of all pairs stand in one line, which is cut into equal chunks, one for each block (a
-// *worker*). So a chunk has the end of one pair, some whole pairs and the beginning of another. Each
-// worker reads all lengths and finds its own chunk: no plan comes from the host, and a captured graph
-// serves any lengths. A pair in several chunks is put together by the last of its workers to finish,
-// in the order of the chunks: the result does not depend on who was last.
+// *worker*). So a worker has the end of one pair, some whole pairs and the beginning of another; or,
+// where pairs are few and all must be done soon (`apart`), a part of one pair. Each worker reads all
+// lengths and finds its own chunk: no plan comes from the host, and a captured graph serves any
+// lengths. A pair in several chunks is put together by the last of its workers to finish, in the
+// order of the chunks: the result does not depend on who was last.
 //
 // A warp takes every kWarps-th tile of 16 keys. K and V go from global memory straight into the
 // registers that the tensor cores read, 16 bytes a lane, because sums over dimensions and over keys
@@ -296,14 +297,14 @@ struct Segment {
 template <int kWarps>
 struct Chunk {
   int size;      // of every worker's chunk
-  bool apart;    // each pair begins a chunk: its units are followed by empty ones, up to a whole chunk
+  bool apart;    // each pair begins a chunk
   int at, end;   // in the line
   int sequence;  // that of unit `at`
   int offset;    // of unit `at` among the units of its sequence, head after head
 
   // All lanes of a warp find it together.
   __device__ __forceinline__ void find(const int64* seq_lens, int num_seqs, int num_kv_heads,
-                                       int window, int min_size, int lane) {
+                                       int window, int lane) {
     const auto line = [&](int s) {
       return s < num_seqs ? length(Span(seq_lens[s], window).units<kWarps>()) * num_kv_heads : 0;
     };
@@ -315,7 +316,7 @@ struct Chunk {
     const int workers = gridDim.x;
     size = 1;
     int total = whole_line();  // none of the units is empty yet
-    size = max(min_size, ceil_div(total, workers));
+    size = max(1, ceil_div(total, workers));
     while (apart && (total = whole_line()) > size * workers) size += 1 + size / 16;
     at = min(total, static_cast<int>(blockIdx.x) * size);
     end = min(total, at + size);
@@ -335,45 +336,49 @@ struct Chunk {
     }
   }
 
-  // The segment that begins at `at`, which moves behind it.
+  // The next segment from `at` on, which moves behind it.
   __device__ __forceinline__ Segment next(const int64* seq_lens, int num_kv_heads, int window) {
     while (at < end) {
       const Span span(seq_lens[sequence], window);
       const int units = span.units<kWarps>();
-      if (offset == length(units) * num_kv_heads) {
+      const int pair_length = length(units);
+      if (offset == pair_length * num_kv_heads) {
         ++sequence;
         offset = 0;
         continue;
       }
-      const int unit = offset % length(units);
-      const int num_units = min(units - unit, end - at);
-      Segment segment;
-      segment.sequence = sequence;
-      segment.head = offset / length(units);
-      segment.first_tile = span.first_tile + unit * kWarps;
-      segment.last_tile =
-          span.first_tile + min(span.num_tiles, (unit + num_units) * kWarps);
-      segment.begin = span.begin;
-      segment.end = min(span.end, segment.last_tile * kTileKeys);
-      segment.first_worker = (at - unit) / size;
-      segment.num_workers = (at - unit + units - 1) / size - segment.first_worker + 1;
-      const int passed = unit + num_units == units ? length(units) - unit : num_units;
+      const int head = offset / pair_length;
+      const int unit = offset - head * pair_length;
+      const int passed = min((unit < units ? units : pair_length) - unit, end - at);
+      const int pair = at - unit;  // its first unit in the line
       at += passed;
       offset += passed;
+      if (unit >= units) continue;
+      Segment segment;
+      segment.sequence = sequence;
+      segment.head = head;
+      segment.begin = span.begin;
+      segment.first_tile = span.first_tile + unit * kWarps;
+      segment.last_tile = span.first_tile + min(span.num_tiles, (unit + passed) * kWarps);
+      segment.end = min(span.end, segment.last_tile * kTileKeys);
+      segment.first_worker = pair / size;
+      segment.num_workers = (pair + units - 1) / size - segment.first_worker + 1;
       return segment;
     }
     return Segment{};
   }
 
-  // Of a pair in the line.
+  // Of a pair in the line: its units, and empty ones up to a whole chunk, or two for the time that it
+  // takes to begin and to end a pair.
   __device__ __forceinline__ int length(int units) const {
-    return apart ? ceil_div(units, size) * size : units;
+    if (apart) return ceil_div(units, size) * size;
+    return units == 0 ? 0 : units + 2;
   }
 };
 
 // Where the two halves of a tile lie: 8 keys are never in two blocks.
 struct Rows {
-  int eights[2];
+  int eights[2];  // of rows of the whole cache: an int counts those of 2^34 rows
 
   // Keys from `end` on lie in block 0: they are loaded with their tile, and left out.
   __device__ __forceinline__ Rows(const int64* table, int tile, int end, int head,
@@ -393,16 +398,38 @@ struct Rows {
 
 // ---- One warp over its tiles ----
 
+template <typename T, int kHeadDim>
+struct Tile {
+  using Keys = Slice<T, kHeadDim, 4>;
+  using Values = Slice<T, kHeadDim, 8>;
+
+  Keys keys[2];      // key g, and g + 8
+  Values values[4];  // keys 2t, 2t + 1, 2t + 8, 2t + 9
+
+  // All 16 keys (values), used or not.
+  __device__ __forceinline__ void load_keys(const T* cache, const Rows& rows, int g, int t) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      keys[half].load(cache + (rows.of(half) + g) * kHeadDim + Keys::start(t), t);
+    }
+  }
+  __device__ __forceinline__ void load_values(const T* cache, const Rows& rows, int g, int t) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* row = cache + (rows.of(half) + 2 * t) * kHeadDim + Values::start(g);
+      values[2 * half].template load<0>(row, g);
+      values[2 * half + 1].template load<1>(row, g);
+    }
+  }
+};
+
 template <typename T, int kHeadDim, int kQueryTiles>
 struct Attention {
   static constexpr int kDimTiles = kHeadDim / 16;
   using Keys = Slice<T, kHeadDim, 4>;
-  using Values = Slice<T, kHeadDim, 8>;
   using Pair = typename Operand<T>::Pair;
 
   Keys queries[kQueryTiles];  // query g, and g + 8
-  Keys keys[2];               // key g, and g + 8
-  Values values[4];           // keys 2t, 2t + 1, 2t + 8, 2t + 9
   float output[kQueryTiles][kDimTiles][4];
   float maximum[kQueryTiles];  // of query g, and g + 8: what its weights are relative to
   float total[kQueryTiles];    // of this lane's keys alone
@@ -426,28 +453,12 @@ struct Attention {
     }
   }
 
-  // All 16 keys (values) of a tile, used or not.
-  __device__ __forceinline__ void load_keys(const T* cache, const Rows& rows, int g, int t) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      keys[half].load(cache + (rows.of(half) + g) * kHeadDim + Keys::start(t), t);
-    }
-  }
-  __device__ __forceinline__ void load_values(const T* cache, const Rows& rows, int g, int t) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const T* row = cache + (rows.of(half) + 2 * t) * kHeadDim + Values::start(g);
-      values[2 * half].template load<0>(row, g);
-      values[2 * half + 1].template load<1>(row, g);
-    }
-  }
-
   // scores[half]: queries g (0, 1) and g + 8 (2, 3), keys 8 * half + 2t and 2t + 1.
   //
   // Of up to 8 queries, the lower 8 rows of an operand hold the next 16 dimensions of the same
   // queries: each product is right in the half of its result that is used, and no register of the
   // operand is empty.
-  __device__ __forceinline__ void multiply_keys(float (&scores)[2][4]) {
+  __device__ __forceinline__ void multiply_keys(float (&scores)[2][4], const Keys (&keys)[2]) {
     float sums[2][2][4] = {};
 #pragma unroll
     for (int i = 0; i < kDimTiles; ++i) {
@@ -477,8 +488,9 @@ struct Attention {
   }
 
   // Of keys outside of [begin, end): no weight, and values that do not matter even if they are NaN.
-  __device__ __forceinline__ void leave_out(float (&scores)[2][4], int first_key, int begin, int end,
-                                            int t) {
+  template <typename Values>
+  __device__ __forceinline__ void leave_out(float (&scores)[2][4], Values (&values)[4],
+                                            int first_key, int begin, int end, int t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = first_key + i / 2 * 8 + 2 * t + i % 2;
@@ -533,7 +545,9 @@ struct Attention {
     }
   }
 
-  __device__ __forceinline__ void multiply_values(const float (&weights)[2][4]) {
+  template <typename Values>
+  __device__ __forceinline__ void multiply_values(const float (&weights)[2][4],
+                                                  const Values (&values)[4]) {
     Operand<T> b[kQueryTiles][2];
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n) {
@@ -585,13 +599,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM)
                            int max_workers, int num_seqs, int num_kv_heads, int group,
                            int log2_block_size, nb::int64 table_stride, nb::int64 q_stride,
                            nb::int64 out_stride, float scale, int window, float softcap,
-                           bool apart, int min_chunk) {
+                           bool apart) {
   using namespace nb::decode;
   using Part = Partial<T, kHeadDim, kQueryTiles>;
   constexpr int kThreads = kWarps * nb::kWarpSize;
   extern __shared__ uint4 shared_memory[];
   __shared__ Chunk<kWarps> chunk;
-  __shared__ Segment segment;
+  __shared__ Segment segments[2];  // the one at hand, and the next
   Part* of_warps = reinterpret_cast<Part*>(shared_memory);
   Part* of_workers = reinterpret_cast<Part*>(workspace + kCounterBytes * max_workers);
 
@@ -602,35 +616,44 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM)
   if (warp == 0) {
     Chunk<kWarps> found;
     found.apart = apart;
-    found.find(seq_lens, num_seqs, num_kv_heads, window, min_chunk, lane);
-    if (lane == 0) chunk = found;
-  }
-  while (true) {
-    if (threadIdx.x == 0) segment = chunk.next(seq_lens, num_kv_heads, window);
-    __syncthreads();
-    if (segment.num_workers == 0) return;
-
-    const nb::int64* table = block_tables + segment.sequence * table_stride;
-    const int begin = segment.begin, end = segment.end, last_tile = segment.last_tile;
-    const auto rows_of = [&](int tile) {
-      return Rows(table, tile, end, segment.head, num_kv_heads, log2_block_size);
-    };
-    Attention<T, kHeadDim, kQueryTiles> attention;
-    int tile = segment.first_tile + warp;
-    Rows next = rows_of(tile);
-    const nb::int64 row = rows == nullptr ? segment.sequence : rows[segment.sequence];
-    attention.start(q + row * q_stride + segment.head * group * kHeadDim, group, g, t);
-    if (tile < last_tile) {
-      attention.load_keys(k_cache, next, g, t);
-      attention.load_values(v_cache, next, g, t);
+    found.find(seq_lens, num_seqs, num_kv_heads, window, lane);
+    if (lane == 0) {
+      segments[0] = found.next(seq_lens, num_kv_heads, window);
+      chunk = found;
     }
-    next = rows_of(tile + kWarps);
-    for (; tile < last_tile; tile += kWarps) {
-      const bool is_last = tile + kWarps >= last_tile;
-      const int first_key = tile * kTileKeys;
+  }
+  __syncthreads();
+  const auto rows_of = [&](const Segment& segment, int tile) {
+    return Rows(block_tables + segment.sequence * table_stride, tile, segment.end, segment.head,
+                num_kv_heads, log2_block_size);
+  };
+  const auto row_of = [&](const Segment& segment) -> nb::int64 {
+    return rows == nullptr ? segment.sequence : rows[segment.sequence];
+  };
+  Rows next = rows_of(segments[0], segments[0].first_tile + warp);
+  nb::int64 next_row = row_of(segments[0]);
+
+  for (int phase = 0; segments[phase].num_workers != 0; phase ^= 1) {
+    const Segment& segment = segments[phase];
+    const int begin = segment.begin, end = segment.end, last_tile = segment.last_tile;
+    const nb::int64 row = next_row;
+    int at = segment.first_tile + warp;
+    Attention<T, kHeadDim, kQueryTiles> attention;
+    Tile<T, kHeadDim> tile;
+    attention.start(q + row * q_stride + segment.head * group * kHeadDim, group, g, t);
+    if (at < last_tile) {
+      tile.load_keys(k_cache, next, g, t);
+      tile.load_values(v_cache, next, g, t);
+    }
+    next = rows_of(segment, at + kWarps);
+    if (threadIdx.x == 0) segments[phase ^ 1] = chunk.next(seq_lens, num_kv_heads, window);
+
+    for (; at < last_tile; at += kWarps) {
+      const bool is_last = at + kWarps >= last_tile;
+      const int first_key = at * kTileKeys;
       float scores[2][4];
-      attention.multiply_keys(scores);
-      if (!is_last) attention.load_keys(k_cache, next, g, t);
+      attention.multiply_keys(scores, tile.keys);
+      if (!is_last) tile.load_keys(k_cache, next, g, t);
 #pragma unroll
       for (int j = 0; j < 4 * kQueryTiles; ++j) {
         float& score = scores[j % 2][j / 2];
@@ -638,15 +661,19 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM)
         score *= to_log2;
       }
       if (first_key < begin || first_key + kTileKeys > end) {
-        attention.leave_out(scores, first_key, begin, end, t);
+        attention.leave_out(scores, tile.values, first_key, begin, end, t);
       }
       attention.soften(scores, t);
-      attention.multiply_values(scores);
-      if (!is_last) attention.load_values(v_cache, next, g, t);
-      next = rows_of(tile + 2 * kWarps);
+      attention.multiply_values(scores, tile.values);
+      if (!is_last) tile.load_values(v_cache, next, g, t);
+      next = rows_of(segment, at + 2 * kWarps);
     }
     attention.store(of_warps[warp], lane, g, t);
     __syncthreads();
+    // What the next segment's loads wait for is looked up while this one is put together.
+    const Segment& next_segment = segments[phase ^ 1];
+    next = rows_of(next_segment, next_segment.first_tile + warp);
+    next_row = row_of(next_segment);
 
     bool is_whole = segment.num_workers == 1;
     if (!is_whole) {
@@ -670,7 +697,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM)
         for (int n = 0; n < kQueryTiles; ++n) {
           Sum<Part, Part::kDimTiles> sum(n * Part::kDimTiles * nb::kWarpSize + lane);
           if (8 * n + 2 * t < group) {
-#pragma unroll 2
+#pragma unroll 4
             for (int i = warp; i < segment.num_workers; i += kWarps) sum.add(parts[place(i)]);
           }
           sum.store(of_warps[warp]);
@@ -679,7 +706,6 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM)
       }
     }
     if (is_whole) {
-      const nb::int64 row = rows == nullptr ? segment.sequence : rows[segment.sequence];
       T* target = out + row * out_stride + segment.head * group * kHeadDim;
       for (int entry = threadIdx.x; entry < Part::kEntries; entry += kThreads) {
         const int query = Part::query(entry);
@@ -694,6 +720,6 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM)
         }
       }
     }
-    __syncthreads();  // of_warps and the segment may be written again
+    __syncthreads();  // of_warps and this segment may be written again
   }
 }

@@ -17,24 +17,25 @@ from nbengine.kernels.shapes import check_dense, check_rows, check_shape
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP = 16
 _MAX_BLOCKS_PER_MULTIPROCESSOR = 4
-_MIN_CHUNK = (2, 4)
-"""Units (of 16 keys for each warp) that a block has at least, with many pairs and with few: to put
-together two halves takes as long as some units."""
 
 
 def block_shape(dtype: torch.dtype, head_dim: int, group: int, few_pairs: bool) -> tuple[int, int]:
-    """Warps of a block, and blocks of a multiprocessor: as many warps as the registers allow, where
-    a lane holds its part of a tile's keys and values and of the outputs of 8 or 16 queries.
+    """Warps of a block, and blocks of a multiprocessor.
 
-    Small blocks let one load while another sums up its warps; with a single block there are fewer
-    parts to put together, which counts where pairs of a sequence and a KV head are few."""
+    A lane holds its part of a tile's keys and values and of the outputs of 8 or 16 queries: the
+    registers bound the product of the two. Of small blocks, one loads while another sums up its
+    warps. Where pairs of a sequence and a KV head are few, a single block keeps the parts of a pair
+    few, of so many warps that 64 KiB are under way.
+    """
     if dtype == torch.float32:
         return 4, 1
     if group <= 8:
         blocks = 4 if head_dim <= 80 else 3 if head_dim <= 128 else 2
     else:
         blocks = 3 if head_dim <= 64 else 2
-    return (4 * blocks, 1) if few_pairs else (4, blocks)
+    if few_pairs:
+        return min(4 * blocks, max(8, 1024 // head_dim)), 1
+    return 4, blocks
 
 
 def workspace_bytes(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
@@ -122,12 +123,11 @@ def launch(
     pairs = num_seqs * num_kv_heads
     few_pairs = pairs <= multiprocessors
     warps, blocks_per_sm = block_shape(q.dtype, head_dim, group, few_pairs)
-    min_chunk = _MIN_CHUNK[few_pairs]
-    chunks = pairs * -(-max_seq_len // (16 * warps * min_chunk))
+    units = pairs * -(-max_seq_len // (16 * warps))
     kernel = program.kernel(
         "paged_attention_decode", q.dtype, head_dim, -(-group // 8), warps, blocks_per_sm
     )
-    grid = min(blocks_per_sm * multiprocessors, chunks)
+    grid = min(blocks_per_sm * multiprocessors, units)
     kernel[grid, 32 * warps, warps * _partial_bytes(group, head_dim)](
         out,
         q,
@@ -149,7 +149,6 @@ def launch(
         window or 0,
         softcap or 0.0,
         few_pairs,
-        min_chunk,
     )
 
 
@@ -199,6 +198,7 @@ def cases() -> Iterator[Case]:
     yield case(bfloat, (2, 1, 256), 16, (40, 273))
     yield case(bfloat, (16, 1, 64), 64, (600, 9), window=256)
     yield case(half, (7, 2, 128), 16, ragged, window=100)
+    yield case(half, (12, 1, 128), 16, (200, 70))
     yield case(half, (4, 1, 64), 16, (1,), window=1)
     yield case(single, (3, 3, 64), 16, edges)
     yield case(single, (3, 1, 64), 8, (400, 77), window=140, softcap=3.0, spread_rows=True)
@@ -279,7 +279,8 @@ def case(
 def bench_cases() -> Iterator[Case]:
     """The shapes whose speed counts: 28 query and 4 KV heads of 128 in blocks of 16."""
     heads = (7, 4, 128)
-    ragged = torch.linspace(16, 8192, 64).long().tolist()
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    ragged = torch.linspace(16, 8192, 64).long()[shuffled].tolist()
     for lengths in ([2048] * 128, [2048] * 32, ragged, [32768]):
         yield case(torch.bfloat16, heads, 16, lengths)
 
