@@ -163,7 +163,12 @@ def _unmangled(symbol: str) -> str:
 def runtime() -> Path:
     """The library that all kernels are linked to."""
     sources = map(str, sorted(_RUNTIME.glob("*.cpp")))
-    flags = ("-std=gnu++17", "-O2", "-fPIC", "-shared", "-pthread", "-ftls-model=initial-exec")
+    flags = (
+        *("-std=gnu++17", "-O2", "-fPIC", "-shared", "-pthread"),
+        # Its own functions and variables are its own, and are reached directly.
+        *("-ftls-model=initial-exec", "-fno-semantic-interposition"),
+        *(() if sys.platform == "darwin" else ("-Wl,-Bsymbolic",)),
+    )
     return _made(
         f"runtime-{_key(*flags)}.so",
         lambda _, target: _run(*flags, *sources, "-o", str(target)),

@@ -182,7 +182,10 @@ void Block::warp_together(unsigned mask, void* arguments, Execute execute, const
   auto& groups = groups_[static_cast<size_t>(me.warp())];
   auto group = groups.begin();
   while (group != groups.end() && (group->mask != mask || group->execute != execute)) ++group;
-  if (group == groups.end()) group = groups.insert(group, Group{mask, 0, execute, {}});
+  if (group == groups.end()) {
+    groups.emplace_back(mask, execute);
+    group = groups.end() - 1;
+  }
   group->lanes[me.lane()] = arguments;
   group->arrived |= bit;
   if ((mask & live_lanes(me.warp()) & ~group->arrived) == 0) {
@@ -194,8 +197,11 @@ void Block::warp_together(unsigned mask, void* arguments, Execute execute, const
 }
 
 // The current thread, if it is one of the group's, goes on at once.
-void Block::finish(const Group& group, int warp) {
+void Block::finish(Group& group, int warp) {
   if (group.execute != nullptr) {
+    for (unsigned absent = ~group.arrived; absent != 0; absent &= absent - 1) {
+      group.lanes[__builtin_ctz(absent)] = nullptr;
+    }
     executing_warp = warp;
     group.execute(group.lanes);
     executing_warp = -1;

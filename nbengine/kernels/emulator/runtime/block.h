@@ -89,9 +89,10 @@ class Block {
 
  private:
   struct Group {  // lanes that wait for a warp operation
-    unsigned mask, arrived;
+    Group(unsigned mask, Execute execute) : mask(mask), execute(execute) {}
+    unsigned mask, arrived = 0;
     Execute execute;
-    void* lanes[kLanes];
+    void* lanes[kLanes];  // set for those that have arrived
   };
 
   static void fiber_main();
@@ -101,7 +102,7 @@ class Block {
   void wait();
   void exited(Thread& thread);
   void release_barrier();
-  void finish(const Group& group, int warp);
+  void finish(Group& group, int warp);
   void arrive(Thread& thread, int groups_before);
   [[noreturn]] void deadlock();
   void settle();

@@ -41,17 +41,12 @@ Fiber::~Fiber() {
 
 #if defined(__x86_64__)
 
-// Returns by a jump, as the processor's stack of return addresses knows nothing of fibers. From the
-// top: rounding modes, six registers, the address to return to.
+// From the top: six registers, the address to return to.
 void Fiber::reset() {
   auto* top = reinterpret_cast<uint64_t*>(top_) - 3;
   *top = 0;  // where the entry would return to; as after a call, 8 above a multiple of 16
   *--top = reinterpret_cast<uint64_t>(entry_);
   for (int i = 0; i < 6; ++i) *--top = 0;
-  uint32_t sse;
-  uint16_t x87;
-  __asm__ volatile("stmxcsr %0\n\tfnstcw %1" : "=m"(sse), "=m"(x87));
-  *--top = sse | static_cast<uint64_t>(x87) << 32;
   saved = top;
 }
 
@@ -62,22 +57,15 @@ __asm__(".text\n.globl " NB_SYMBOL "\n" NB_TYPE NB_SYMBOL ":\n" R"(
   pushq %r13
   pushq %r14
   pushq %r15
-  subq $8, %rsp
-  stmxcsr (%rsp)
-  fnstcw 4(%rsp)
   movq %rsp, (%rdi)
   movq %rsi, %rsp
-  ldmxcsr (%rsp)
-  fldcw 4(%rsp)
-  addq $8, %rsp
   popq %r15
   popq %r14
   popq %r13
   popq %r12
   popq %rbx
   popq %rbp
-  popq %rdx
-  jmp *%rdx
+  ret
 )");
 
 #elif defined(__aarch64__)

@@ -1,8 +1,9 @@
 // Fibers: stacks of their own that hand the processor to each other without the operating system.
 //
-// A switch saves what the calling convention lets a function expect to keep (callee-saved registers,
-// the rounding modes) and nothing else. A fiber stays on the operating system's thread that first ran
-// it, so that thread-local addresses keep their meaning.
+// A switch saves the registers that the calling convention lets a function expect to keep, and nothing
+// else: CUDA C has no word for the rounding modes of a thread, so they are the same on every fiber. A
+// fiber stays on the operating system's thread that first ran it, so that thread-local addresses keep
+// their meaning.
 
 #pragma once
 
