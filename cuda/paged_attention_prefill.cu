@@ -11,13 +11,14 @@
 //
 // A tile is kRows "rows" of one sequence and one KV head, a row being one query of one query head:
 // row r is query r / kGroup and head r % kGroup, so a group shares each key that is fetched, and
-// short chunks fill a tile too. One block computes one tile: blockIdx.x is the tile among those of
-// all members, the last (longest) of a sequence first, blockIdx.y the KV head. A block past the last
-// tile ends at once.
+// short chunks fill a tile too. One block computes one tile: blockIdx.x is the KV head, blockIdx.y the
+// tile among those of all members, the last (longest) of a sequence first, so that the short ones
+// fill the end of the launch. A block past the last tile ends at once.
 //
 // The block walks over the keys that its rows see, kKeys at a time. Two stages of K and V lie in
-// shared memory: while the warps compute on one, cp.async fills the other; one barrier a step. Each
-// warp owns kRowsPerWarp rows: scores, the running maximum and sum, and the output stay in registers
+// shared memory: while the warps compute on one, cp.async fills the other, a few copies between the
+// products at a time (all of them at once would hold the products up); one barrier a step. Each warp
+// owns kRowsPerWarp rows: scores, the running maximum and sum, and the output stay in registers
 // (kRowsPerWarp x kHeadDim floats), Q's fragments are read again from shared memory. Shared rows are
 // padded by 16 bytes, which keeps ldmatrix free of bank conflicts with constant offsets. With 32
 // rows a warp each byte read from shared memory serves 64 operations: at 16, shared memory and not
@@ -86,19 +87,38 @@ __device__ __forceinline__ bool find_tile(Tile& tile, int number, const int64* q
   return false;
 }
 
-// Fetches K and V of one KV head, kKeys positions at a time.
+// Fetches K and V of one KV head, kKeys positions at a time. Eight threads copy a row, in turns of
+// 128 bytes, so that a thread's address in a step differs by constants and by the block alone.
 template <typename T, int kHeadDim, int kBlockSize, int kKeys, int kThreads, int kStride>
 struct KeyFetcher {
   static constexpr int kPack = 16 / sizeof(T);
-  static constexpr int kPacks = kHeadDim / kPack;
+  static constexpr int kRowsAtOnce = kThreads / 8;
+  static constexpr int kParts = kKeys / kRowsAtOnce;
   static constexpr int kBlocks = kKeys > kBlockSize ? kKeys / kBlockSize : 1;
-  static_assert(kBlocks <= nb::kWarpSize, "a lane holds one block number");
+  static_assert(kKeys % kRowsAtOnce == 0, "every thread has a row in every step");
+  static_assert((kBlockSize & (kBlockSize - 1)) == 0 && kBlocks <= nb::kWarpSize, "block size");
 
-  const T* k;  // the head's rows in block 0
+  const T* k;  // this thread's first row and column, in block 0
   const T* v;
   const int64* table;
   int block_stride;
   int first_key, last_key;
+  int row, target;  // of the first step: the row, and its place in a stage
+
+  __device__ __forceinline__ KeyFetcher(const T* k_cache, const T* v_cache,
+                                        const int64* block_tables, int64 table_stride,
+                                        const Tile& tile)
+      : table(block_tables + tile.sequence * table_stride),
+        block_stride(gridDim.x * kBlockSize * kHeadDim),
+        first_key(tile.first_key),
+        last_key(tile.last_key) {
+    row = threadIdx.x % kThreads / 8;
+    const int column = threadIdx.x % 8 * kPack;
+    const int offset = (blockIdx.x * kBlockSize + row % kBlockSize) * kHeadDim + column;
+    k = k_cache + offset;
+    v = v_cache + offset;
+    target = row * kStride + column;
+  }
 
   // Block numbers of the keys from `key`, a multiple of kKeys: lane i's is the i-th. Asked for one
   // step ahead of fetch(), so that nobody waits for the table.
@@ -108,27 +128,30 @@ struct KeyFetcher {
     return table[max(min(entry, last_key / kBlockSize), first_key / kBlockSize)];
   }
 
-  // Begins to copy the rows of kKeys keys into the stages, zeros for the keys that no row of the
-  // tile sees: their slots may hold NaN, which a weight of zero would not silence.
-  __device__ __forceinline__ void fetch(T* k_stage, T* v_stage, int key, int blocks) const {
-    constexpr int kSteps = (kKeys * kPacks + kThreads - 1) / kThreads;
-    const int thread = threadIdx.x % kThreads;  // known to the compiler to be below kThreads
-    const uint32 span = last_key - first_key;
+  // Begins to copy part `part` of kParts of the rows of kKeys keys into the stages, zeros for the
+  // keys that no row of the tile sees: their slots may hold NaN, which a weight of zero would not
+  // silence.
+  __device__ __forceinline__ void fetch(T* k_stage, T* v_stage, int key, int blocks,
+                                        int part) const {
+    const int step = part * kRowsAtOnce;
+    const int block =
+        __shfl_sync(nb::kAllLanes, blocks, (step / kBlockSize + row / kBlockSize) % kBlocks);
+    const int slot = step % kBlockSize + (kBlockSize > kKeys ? key % kBlockSize : 0);
+    const int64 source = static_cast<int64>(block) * block_stride;
+    const bool seen = static_cast<uint32>(key + step + row - first_key) <=
+                      static_cast<uint32>(last_key - first_key);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      // Where a step is a number of whole rows, all but the first row is known at compile time.
-      const int item = step * kThreads + thread;
-      const int row = kThreads % kPacks == 0 ? step * (kThreads / kPacks) + thread / kPacks
-                                             : item / kPacks;
-      const int column = (kThreads % kPacks == 0 ? thread % kPacks : item % kPacks) * kPack;
-      const int slot = kKeys % kBlockSize == 0 ? row % kBlockSize : key % kBlockSize + row;
-      const int block = __shfl_sync(nb::kAllLanes, blocks, row / kBlockSize);
-      if (kKeys * kPacks % kThreads != 0 && row >= kKeys) continue;
-      const int64 source = static_cast<int64>(block) * block_stride + slot * kHeadDim + column;
-      const bool seen = static_cast<uint32>(key + row - first_key) <= span;
-      nb::cp_async_16(k_stage + row * kStride + column, k + source, seen);
-      nb::cp_async_16(v_stage + row * kStride + column, v + source, seen);
+    for (int column = 0; column < kHeadDim; column += 8 * kPack) {
+      if (column + 8 * kPack > kHeadDim && column + threadIdx.x % 8 * kPack >= kHeadDim) break;
+      nb::cp_async_16(k_stage + target + step * kStride + column,
+                      k + source + slot * kHeadDim + column, seen);
+      nb::cp_async_16(v_stage + target + step * kStride + column,
+                      v + source + slot * kHeadDim + column, seen);
     }
+  }
+  __device__ __forceinline__ void fetch(T* k_stage, T* v_stage, int key, int blocks) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) fetch(k_stage, v_stage, key, blocks, part);
   }
 };
 
@@ -143,7 +166,7 @@ __device__ __forceinline__ void fetch_queries(T* shared, const T* q, int64 q_str
     const bool used = tile.begin + row < tile.end;
     const int at = used ? tile.begin + row : tile.begin;
     const int64 query = tile.first_query + at / kGroup;
-    const int head = blockIdx.y * kGroup + at % kGroup;
+    const int head = blockIdx.x * kGroup + at % kGroup;
     nb::cp_async_16(shared + row * kStride + column,
                     q + query * q_stride + head * kHeadDim + column, used);
   }
@@ -183,18 +206,12 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   T* v_shared = k_shared + 2 * kKeys * kStride;
 
   Tile tile;
-  if (!find_tile<kRows, kGroup>(tile, blockIdx.x, query_start_loc, seq_lens, members, num_members,
+  if (!find_tile<kRows, kGroup>(tile, blockIdx.y, query_start_loc, seq_lens, members, num_members,
                                 kWindow ? window : 0)) {
     return;
   }
   const int warp = threadIdx.x / nb::kWarpSize, lane = threadIdx.x % nb::kWarpSize;
-  const int64 head_offset = static_cast<int64>(blockIdx.y) * kBlockSize * kHeadDim;
-  const Fetcher fetcher = {k_cache + head_offset,
-                           v_cache + head_offset,
-                           block_tables + tile.sequence * table_stride,
-                           static_cast<int>(gridDim.y) * kBlockSize * kHeadDim,
-                           tile.first_key,
-                           tile.last_key};
+  const Fetcher fetcher(k_cache, v_cache, block_tables, table_stride, tile);
 
   const int first_step = tile.first_key / kKeys, last_step = tile.last_key / kKeys;
   fetch_queries<T, kHeadDim, kGroup, kRows, kThreads, kStride>(q_shared, q, q_stride, tile);
@@ -223,12 +240,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     const int stage = (step - first_step) % 2;
     nb::cp_async_wait<0>();
     __syncthreads();  // this stage has arrived for all, and all are done with the other
-    if (step < last_step) {
-      fetcher.fetch(k_shared + (1 - stage) * kKeys * kStride,
-                    v_shared + (1 - stage) * kKeys * kStride, (step + 1) * kKeys, blocks);
-      blocks = fetcher.look_up((step + 2) * kKeys);
-    }
-    nb::cp_async_commit();
+    T* k_next = k_shared + (1 - stage) * kKeys * kStride;
+    T* v_next = v_shared + (1 - stage) * kKeys * kStride;
 
     // scores = Q K^T
     float scores[kFragments][kKeys / 8][4] = {};
@@ -238,6 +251,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
       uint32 a[kFragments][4];
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) nb::ldmatrix_x4(a[m], q_lane + m * 16 * kStride + d);
+      if (d / 16 < Fetcher::kParts) {  // past the last step: zeros, which nobody reads
+        fetcher.fetch(k_next, v_next, (step + 1) * kKeys, blocks, d / 16);
+      }
 #pragma unroll
       for (int n = 0; n < kKeys; n += 16) {
         uint32 b[4];
@@ -250,6 +266,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
         }
       }
     }
+
+    nb::cp_async_commit();
+    blocks = fetcher.look_up((step + 2) * kKeys);
 
     if constexpr (kSoftcap) {
 #pragma unroll
@@ -288,14 +307,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
         highest = fmaxf(highest, fmaxf(scores[i / 2][n][i % 2 * 2], scores[i / 2][n][i % 2 * 2 + 1]));
       }
       highest = nb::warp_reduce<nb::Max, 4>(highest, nb::Max()) * factor;
-      correction[i] = 1.0f;
-      if (highest > maximum[i] + kSlack) {
-        correction[i] = nb::exp2_fast(maximum[i] - highest);
-        maximum[i] = highest;
-        rescaled = true;
-      }
+      const bool raised = highest > maximum[i] + kSlack;
+      const float before = maximum[i];
+      maximum[i] = raised ? highest : before;
+      rescaled |= raised;
       // A row that has seen nothing yet: any finite number keeps exp2(-infinity - it) at zero.
       const float base = kWindow && maximum[i] == -nb::infinity() ? 0.0f : maximum[i];
+      correction[i] = nb::exp2_fast(before - base);
       sum[i] *= correction[i];
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -346,6 +364,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     }
   }
 
+  nb::cp_async_wait<0>();
+
   // Through Q's rows of this warp, which no other warp reads, for stores of 16 bytes.
   T* staged = q_shared + warp * kRowsPerWarp * kStride;
   __syncwarp();
@@ -365,7 +385,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   for (int item = lane; item < kRowsPerWarp * kPacks; item += nb::kWarpSize) {
     const int row = tile.begin + warp * kRowsPerWarp + item / kPacks;
     if (row >= tile.end) break;
-    const int head = blockIdx.y * kGroup + row % kGroup;
+    const int head = blockIdx.x * kGroup + row % kGroup;
     nb::store_pack(out + (tile.first_query + row / kGroup) * out_stride + head * kHeadDim +
                        item % kPacks * 8,
                    nb::load_pack(staged + item / kPacks * kStride + item % kPacks * 8));
@@ -397,18 +417,12 @@ __global__ void __launch_bounds__(kWarps * 32)
   float* v_shared = k_shared + kKeys * kStride;
 
   Tile tile;
-  if (!find_tile<kRows, kGroup>(tile, blockIdx.x, query_start_loc, seq_lens, members, num_members,
+  if (!find_tile<kRows, kGroup>(tile, blockIdx.y, query_start_loc, seq_lens, members, num_members,
                                 kWindow ? window : 0)) {
     return;
   }
   const int warp = threadIdx.x / nb::kWarpSize, lane = threadIdx.x % nb::kWarpSize;
-  const int64 head_offset = static_cast<int64>(blockIdx.y) * kBlockSize * kHeadDim;
-  const Fetcher fetcher = {k_cache + head_offset,
-                           v_cache + head_offset,
-                           block_tables + tile.sequence * table_stride,
-                           static_cast<int>(gridDim.y) * kBlockSize * kHeadDim,
-                           tile.first_key,
-                           tile.last_key};
+  const Fetcher fetcher(k_cache, v_cache, block_tables, table_stride, tile);
   fetch_queries<float, kHeadDim, kGroup, kRows, kThreads, kStride>(q_shared, q, q_stride, tile);
 
   const float factor = (kSoftcap ? softcap : scale) * nb::kLog2E;
@@ -475,7 +489,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     const float total = nb::warp_reduce(sum[i], nb::Sum());
     const int row = first_row + i;
     if (row >= tile.end) break;
-    const int head = blockIdx.y * kGroup + row % kGroup;
+    const int head = blockIdx.x * kGroup + row % kGroup;
     float* target = out + (tile.first_query + row / kGroup) * out_stride + head * kHeadDim;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {

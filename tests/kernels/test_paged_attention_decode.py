@@ -89,8 +89,7 @@ CHUNKED = decode.case(torch.bfloat16, (7, 2, 128), 16, (300, 5, 700, 0, 64))
 
 
 def test_one_workspace_serves_launch_after_launch_of_any_shape(program: Program) -> None:
-    """Counters are zero again, partial results of one launch are garbage to the next, and a small
-    grid's do not lie where a large grid's counters are."""
+    """Counters are zero again, and partial results of one launch are garbage to the next."""
     shared = torch.zeros(
         decode.workspace_bytes(program.device, 14, 2, 128), dtype=torch.uint8, device=program.device
     )

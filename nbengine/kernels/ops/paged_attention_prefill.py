@@ -6,6 +6,7 @@ paged_attention_decode: `members` says which of the sequences this call computes
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
 from nbengine.kernels.program import Program
 from nbengine.kernels.report import Limits
+from nbengine.kernels.shapes import check_dense, check_rows, check_shape
 
 
 def launch(
@@ -53,17 +55,32 @@ def launch(
             needs it).
 
     Raises:
-        ValueError: a shape that this kernel is not made for.
+        ValueError: a shape or stride that the kernel does not take.
     """
-    num_rows, query_heads, head_dim = q.shape
-    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    (num_rows, query_heads, head_dim), num_seqs = q.shape, len(seq_lens)
+    num_blocks, kv_heads, block_size, _ = k_cache.shape
     if query_heads % kv_heads or head_dim not in HEAD_DIMS:
         raise ValueError(
             f"{query_heads} query heads over {kv_heads} KV heads of {head_dim}: the query heads must "
             f"be a multiple of the KV heads, and the head's size one of {HEAD_DIMS}"
         )
+    if not 8 <= block_size <= 256 or block_size & (block_size - 1):
+        raise ValueError(f"block_size is {block_size}, and must be a power of two from 8 to 256")
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}, and must be positive")
+    check_rows("q", q, num_rows, query_heads, head_dim)
+    check_rows("out", out, num_rows, query_heads, head_dim)
+    check_dense("k_cache", k_cache, num_blocks, kv_heads, block_size, head_dim)
+    check_dense("v_cache", v_cache, num_blocks, kv_heads, block_size, head_dim)
+    check_shape("block_tables", block_tables, num_seqs, block_tables.shape[1])
+    if block_tables.stride(1) != 1:
+        raise ValueError("each row of block_tables must be dense")
+    check_dense("query_start_loc", query_start_loc, num_seqs + 1, alignment=8)
+    check_dense("seq_lens", seq_lens, num_seqs, alignment=8)
+    if members is not None:
+        check_dense("members", members, len(members), alignment=8)
     group = query_heads // kv_heads
-    num_members = block_tables.shape[0] if members is None else members.shape[0]
+    num_members = num_seqs if members is None else len(members)
     tile = tiling(q.dtype, head_dim, program.limits)
     # The sum of ceil(rows * group / tile.rows) over the members is at most either of these.
     num_tiles = min(
@@ -80,7 +97,7 @@ def launch(
         window is not None,
         softcap is not None,
     )
-    kernel[(num_tiles, kv_heads), tile.warps * 32, tile.shared_bytes](
+    kernel[(kv_heads, num_tiles), tile.warps * 32, tile.shared_bytes](
         out,
         q,
         k_cache,
@@ -127,6 +144,7 @@ class Tiling:
         return (self.warps, self.rows_per_warp, self.keys, self.blocks_per_sm)
 
 
+@functools.cache
 def tiling(dtype: torch.dtype, head_dim: int, limits: Limits) -> Tiling:
     """The shape of a tile for this head size: the first that the device's shared memory holds."""
     if dtype == torch.float32:
