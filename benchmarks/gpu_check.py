@@ -255,13 +255,18 @@ def _text(output: str | bytes | None) -> str:
     return output.decode() if isinstance(output, bytes) else output or ""
 
 
-def run_tests() -> Record:
-    """Those that are skipped without a GPU: their names, parameters or marks say gpu or cuda."""
+def run_tests(*, alone: bool = False) -> Record:
+    """Those that are skipped without a GPU: their names, parameters or marks say gpu or cuda. With
+    `alone` those that want the device to themselves, else all others in parallel."""
     start = time.perf_counter()
     marked = re.compile(r"needs_gpu|program_for|is_available")
     files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if marked.search(p.read_text())]
     command = [sys.executable, "-m", "pytest", "-k", "gpu or cuda", "-rfE", "--tb=short"]
-    command += ["-n", "logical", "--maxprocesses", "6", *(str(p.relative_to(ROOT)) for p in files)]
+    if alone:
+        command += ["-m", "gpu_alone", "-n0"]
+    else:
+        command += ["-m", "not gpu_alone", "-n", "logical", "--maxprocesses", "6"]
+    command += [str(path.relative_to(ROOT)) for path in files]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
         status, log = run.returncode, run.stdout + run.stderr
@@ -416,8 +421,8 @@ def report(result: Record) -> str:
         )
         parts += [f"WRONG: {run['tool']} {e['op']}: {e['error'][-1500:]}" for e in run["errors"]]
     if "tests" in result:
-        tests = result["tests"]
-        parts += [f"tests: {tests['summary']}", *tests["failures"]]
+        for tests in result["tests"]:
+            parts += [f"tests: {tests['summary']}", *tests["failures"]]
     if result.get("bars"):
         parts.append(
             table_text(
@@ -439,7 +444,7 @@ def report(result: Record) -> str:
 
 def is_right(result: Record) -> bool:
     records = [*result["verify"], *result.get("bench", ())]
-    runs = [*result.get("sanitizer", ()), *([result["tests"]] if "tests" in result else [])]
+    runs = [*result.get("sanitizer", ()), *result.get("tests", ())]
     return not any("error" in record for record in records) and all(r["passed"] for r in runs)
 
 
@@ -479,7 +484,9 @@ def main() -> int:
         verified = [pool.submit(run_worker, "verify", [name]) for name in names]
         result["verify"] = [record for future in verified for record in future.result()]
         if tests is not None:
-            result["tests"] = tests.result()
+            result["tests"] = [tests.result()]
+    if tests is not None:
+        result["tests"].append(run_tests(alone=True))
     if not given.skip_bench:
         result["roofline"] = run_worker("roofline", ["roofline"])[-1]
         result["launch"] = run_worker("launch", ["launch"])[-1]

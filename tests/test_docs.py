@@ -27,8 +27,19 @@ def target(page: Path, link: str) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
-    links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = [link for link in LINK.findall(text) if "://" not in link]
     assert [link for link in links if not target(page, link).exists()] == []
+
+
+def test_the_page_on_kernels_lists_every_op_with_its_file() -> None:
+    from nbengine.kernels.ops import OPS
+
+    table = (ROOT / "docs" / "kernels.md").read_text().partition("Larger matrix products")[0]
+    missing = [
+        op.name for op in OPS.values() if not re.search(rf"`{op.name}`.*`{op.source}`", table)
+    ]
+    assert missing == []
 
 
 def test_readme_begins_with_the_two_commands() -> None:

@@ -84,6 +84,7 @@ class DecodeGraphs:
             self._compute(batch)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: what a notebook's cells do on the GPU meanwhile is no part of the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._compute(batch)
         return CapturedGraph(graph, logits)

@@ -32,6 +32,10 @@ MAX_CPU_KV_BYTES = 2 * GIB
 """On a CPU other programs live in the same memory, and few sequences run at a time: more KV than
 this is taken only where one sequence of `max_model_len` needs it."""
 
+ENOUGH_GPU_BLOCKS = 2**18
+"""On a GPU all that is left becomes KV blocks, up to these or what all sequences can use: each is
+an object of the scheduler's too, and a tiny model would have millions."""
+
 _BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5 + 4 / 32}  # int4: a scale and a zero each 32
 
 
@@ -173,9 +177,11 @@ def plan_memory(
                 "quantization='int8' or 'int4', a smaller max_num_batched_tokens, or a smaller "
                 "model"
             )
-        num_blocks = min(fitting, settings.max_num_seqs * per_sequence)
+        wanted = settings.max_num_seqs * per_sequence  # more than that holds prefixes alone
         if device.type == "cpu":
-            num_blocks = min(num_blocks, max(needed, MAX_CPU_KV_BYTES // block_bytes))
+            num_blocks = min(fitting, wanted, max(needed, MAX_CPU_KV_BYTES // block_bytes))
+        else:
+            num_blocks = min(fitting, max(wanted, ENOUGH_GPU_BLOCKS))
 
     host_bytes = settings.swap_space * GIB if settings.preemption_mode == "swap" else 0.0
     if device.type == "cpu":

@@ -106,7 +106,7 @@ def test_a_report_shows_figures_errors_and_bars(gpu_check):
             {"op": "gemv", "error": "Mismatch: out[3] is 1"},
         ],
         "bench": [timed("rope", "bfloat16-1"), {"op": "gemv", "error": "status 6"}],
-        "tests": {"summary": "3 passed", "failures": [], "passed": True},
+        "tests": [{"summary": "3 passed", "failures": [], "passed": True}],
         "sanitizer": [
             {
                 "tool": "memcheck",

@@ -17,6 +17,9 @@ from nbengine.kernels.report import Limits, limits_of
 
 SCALE = Source(
     """
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 template <typename T>
 __global__ void scale(T* out, const T* x, int n, float factor) {
   const long long i = 1ll * blockIdx.x * blockDim.x + threadIdx.x;

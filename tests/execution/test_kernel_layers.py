@@ -1,0 +1,114 @@
+"""The model on the op table computes what it computes in torch, for every family, whoever runs the
+ops: their torch references, the emulated kernels, or a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from nbengine.config import EngineConfig
+from nbengine.errors import InvalidField
+from nbengine.kernels.table import Kernels
+from nbengine.models.config import ModelConfig
+from nbengine.models.kernel_layers import KernelLayers, choose_kernels, unserved
+from nbengine.models.registry import load_model
+from tests.gpu import needs_gpu
+from tests.tiny_models import (
+    CONFIGS,
+    SERVED,
+    PagedRun,
+    assert_same_logits,
+    random_tokens,
+    reference_logits,
+    save_reference,
+)
+
+ARCHITECTURE = {"architectures": ["LlamaForCausalLM"]}
+BACKENDS = ["reference", "emulated", pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, transformers.PreTrainedModel]]:
+    directory = tmp_path_factory.mktemp("served")
+    return {name: (directory / name, save_reference(name, directory)) for name in SERVED}
+
+
+def load(path: Path, backend: str, dtype: torch.dtype = torch.float32):
+    device = torch.device("cuda" if backend == "cuda" else "cpu")
+    decoder = load_model(path, dtype=dtype, device=device)
+    decoder.kernel_layers = KernelLayers(decoder, Kernels(device, backend))
+    return decoder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", SERVED)
+def test_logits_are_those_of_transformers_in_chunks_and_decodes(checkpoints, family, backend):
+    path, reference = checkpoints[family]
+    tokens = random_tokens(27)
+    run = PagedRun(load(path, backend))
+    ours = run.in_chunks(tokens, 11, 12, 1)
+    assert_same_logits(ours.cpu(), reference_logits(reference, tokens), 1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", SERVED)
+def test_in_half_precision_logits_stay_close(checkpoints, family, dtype, backend):
+    path, reference = checkpoints[family]
+    tokens = random_tokens(27)
+    ours = PagedRun(load(path, backend, dtype)).in_chunks(tokens, 11, 12, 1)
+    tolerance = 0.02 if dtype == torch.float16 else 0.1
+    assert_same_logits(ours.cpu(), reference_logits(reference, tokens), tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mixed_batch_gives_each_sequence_what_it_gets_alone(checkpoints, backend):
+    decoder = load(checkpoints["served-llama"][0], backend)
+    long, short, fresh = random_tokens(41), random_tokens(9, seed=1), random_tokens(18, seed=2)
+    alone = [PagedRun(decoder).in_chunks(t, 8) for t in (long, short, fresh)]
+
+    run = PagedRun(decoder, seed=3)
+    a, b, c = (run.sequence(t) for t in (long, short, fresh))
+    run.step((a, 40), (b, 8))
+    decode_a, decode_b, chunk = run.step((a, 1), (b, 1), (c, 18))
+    assert_same_logits(decode_a, alone[0][-1:], 1e-4)
+    assert_same_logits(decode_b, alone[1][-1:], 1e-4)
+    assert_same_logits(chunk, alone[2], 1e-4)
+
+
+def config_of(name: str) -> ModelConfig:
+    return ModelConfig.from_hf((CONFIGS | SERVED)[name].to_dict() | ARCHITECTURE)
+
+
+def test_shapes_that_kernels_do_not_serve_are_named():
+    assert unserved(config_of("served-llama"), torch.bfloat16) is None
+    assert "head_dim is 10" in (unserved(config_of("llama-tied-odd-sizes"), torch.bfloat16) or "")
+
+
+class TestChoice:
+    CPU = torch.device("cpu")
+
+    def choose(self, **fields: object) -> Kernels | None:
+        settings = EngineConfig(model="m", **fields)
+        return choose_kernels(settings, config_of("served-llama"), torch.float32, self.CPU)
+
+    def test_auto_on_a_cpu_is_its_own_compiled_kernels(self):
+        assert self.choose() is None
+
+    def test_torch_is_no_kernels(self):
+        assert self.choose(kernels="torch") is None
+
+    def test_emulated_on_a_cpu(self):
+        kernels = self.choose(kernels="emulated")
+        assert kernels is not None and kernels.backend == "emulated"
+
+    def test_cuda_on_a_cpu_is_refused(self):
+        with pytest.raises(InvalidField, match="need a CUDA device"):
+            self.choose(kernels="cuda")
+
+    def test_quantised_weights_are_refused(self):
+        with pytest.raises(InvalidField, match="int4"):
+            self.choose(kernels="emulated", quantization="int4")
