@@ -24,7 +24,7 @@ Block::Block(Grid& grid) : grid(grid), memory(grid.request), fibers_(std::move(s
   live_lanes_.resize((num_threads + kLanes - 1) / kLanes);
   groups_.resize(live_lanes_.size());
   for (auto& fiber : fibers_) idle_.push_back(fiber.get());
-  if (request.listeners & kChecks) add_checks(listeners_, request);
+  if (request.listeners & kChecks) add_checks(listeners_);
   if (request.listeners & kCounters) add_counters(listeners_, grid);
   if (request.listeners & kTrace) add_trace(listeners_, grid);
 }

@@ -291,7 +291,7 @@ class Races : public Listener {
 
 }  // namespace
 
-void add_checks(ListenerList& list, const LaunchRequest&) {
+void add_checks(ListenerList& list) {
   list.push_back(std::make_unique<Bounds>());
   list.push_back(std::make_unique<OneBarrier>());
   list.push_back(std::make_unique<Initialised>());

@@ -47,7 +47,7 @@ class Listener {
 
 using ListenerList = std::vector<std::unique_ptr<Listener>>;
 
-void add_checks(ListenerList& list, const LaunchRequest& request);
+void add_checks(ListenerList& list);
 void add_counters(ListenerList& list, Grid& grid);
 void add_trace(ListenerList& list, Grid& grid);
 
