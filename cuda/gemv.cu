@@ -8,24 +8,30 @@
 // What counts is the weight: N * K elements, read once. A GPU that reads 3 to 5 TB/s sees 1.5 to
 // 2.4e12 elements of 2 bytes a second, for each of which its ordinary lanes have some 12 to 19
 // instructions: unpacking and M multiply-adds use those up by M = 8. Tensor cores take 512 elements in
-// two or four instructions, so for 16-bit types all M go there, and the code is one.
+// four instructions, so for 16-bit types all M go there, and the code is one.
 //
-// gemv: a block takes kRowTiles * 16 rows of the weight, which are A of the mma; the rows of x are the
-// columns of B. A lane's share of a fragment is 8 elements of a row. As the order of k within a product
-// is free, they are 8 neighbours: one 16-byte copy, and x is taken in the same order. The warps take
-// turns at steps of 32 k, so that a block reads each row as one stream. Each lane copies what it will
-// itself multiply into a ring of kStages steps in shared memory: no thread waits for another, and the
-// bytes in flight are fixed by the ring (a warp: kStages * kRowTiles KiB of weights) and not by what
-// the compiler makes of the loop. At the end the warps' sums are added in the order of warps.
+// gemv: a block takes kTiles * 8 rows of the weight. A tile's 8 rows are the columns of an mma, the
+// rows of x are its 16 rows, the last 8 of them zero where M <= 8. The warps take turns at steps of
+// 64 k, a 128-byte line of each row. What a lane loads is what it multiplies: only the warps' sums pass
+// through shared memory, at the end, and are added in the order of warps.
 //
-// A block reads all of x, which comes from the L2: M / (16 * kRowTiles) bytes for each byte of weight.
-// Hence more row tiles where M is larger. The order of k depends on neither M nor the tiles, so a
-// row's result is the same in every batch. Rows of x or weight past the end repeat the last one and
-// are dropped.
+//   As the order of k within a product is free, a lane's share of a row is 8 neighbours, one 16-byte
+//   load. For a warp's load to be four whole lines, the even and odd columns of a tile take different
+//   halves of a line at a time (see `multiply`).
 //
-// gemv_float: the same without tensor cores, which would round float32. A warp for each weight row.
+//   Every block reads all of x: M / (8 * kTiles) bytes for each byte of the weight, a burden if they
+//   came from the L2. The weight's loads take no place in the L1, so that x stays there as far as it
+//   fits, or until the blocks have read it that go through it side by side.
+//
+//   In flight are the bytes of one step, kTiles KiB, for each warp of a multiprocessor's kBlocks
+//   blocks: 40 KiB or more in every shape that the op launches.
+//
+// A sum's order depends on N and K alone, so a row's result is the same in every batch. Rows of x or
+// weight past the end repeat the last one and are dropped.
+//
+// gemv_float: the same without tensor cores, which would round float32. A warp takes kRows rows of the
+// weight, its lanes take turns at packs of K, and each of its results is added up by one lane.
 
-#include "nb/async_copy.cuh"
 #include "nb/mma.cuh"
 #include "nb/reduce.cuh"
 #include "nb/types.cuh"
@@ -38,96 +44,133 @@ __device__ __forceinline__ void finish(T* out, const T* bias, const T* residual,
   out[at] = nb::from_float<T>(sum);
 }
 
-// kColumnTiles * 8 >= num_rows. Dynamic shared memory: kWarps * kStages * (2 * kRowTiles +
-// kColumnTiles) * 512 bytes.
-template <typename T, int kWarps, int kRowTiles, int kColumnTiles, int kStages>
-__global__ void __launch_bounds__(kWarps * 32)
+using Words = nb::Pack<nb::uint32>;  // 8 elements, as four registers of a fragment
+
+template <typename T>
+__device__ __forceinline__ Words load_words(const T* source) {
+  return nb::load_pack(reinterpret_cast<const nb::uint32*>(source));
+}
+template <typename T>
+__device__ __forceinline__ Words load_words_once(const T* source) {
+  return nb::load_pack_once(reinterpret_cast<const nb::uint32*>(source));
+}
+
+// kTilesOfX * 8 >= num_rows.
+template <typename T, int kWarps, int kTiles, int kTilesOfX, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks)
     gemv(T* out, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
          const T* residual, int num_rows, int size_out, int size_in, nb::int64 x_stride) {
-  using Words = nb::Pack<nb::uint32>;  // 8 elements, as four registers of a fragment
-  constexpr int kStep = 32;            // of k: 8 for each of a row's four lanes
-  constexpr int kTileRows = 16 * kRowTiles;
-  constexpr int kOperands = 2 * kRowTiles + kColumnTiles;
-  extern __shared__ uint4 shared_memory[];
+  constexpr int kStep = 64, kHalf = kStep / 2;
+  constexpr int kRows = 8 * kTiles;
+  // Padded so that the rows that a warp writes at once lie in different banks.
+  __shared__ float partials[kWarps][kTilesOfX * 8][kRows + 4];
 
   const int warp = threadIdx.x / nb::kWarpSize, lane = threadIdx.x % nb::kWarpSize;
-  const int group = lane / 4, k_of_lane = lane % 4 * 8;
-  const int first_row = blockIdx.x * kTileRows;
+  const int column = lane / 4;  // of a tile; and the row of x
+  const int first_row = blockIdx.x * kRows;
 
-  const T* rows[kOperands];  // of the weight, in eights: upper and lower half of each tile; then of x
+  // Two loads to a tile. Lanes 8r to 8r + 7 read the line of row r in the first, each the 8 elements of
+  // its place; in the second that of row r + 4, with the line's halves exchanged.
+  const int k_of_load[2] = {lane % 8 * 8, lane % 8 * 8 ^ kHalf};
+  const int k_of_x = lane % 4 * 8;  // and kHalf further
+  const T* tile_rows = weight + static_cast<nb::int64>(first_row) * size_in;
+  int offsets[kTiles][2];
 #pragma unroll
-  for (int i = 0; i < kOperands; ++i) {
-    const int row = i * 8 + group;
-    if (i < 2 * kRowTiles) {
-      rows[i] = weight + static_cast<nb::int64>(min(first_row + row, size_out - 1)) * size_in;
-    } else {
-      rows[i] = x + min(row - kTileRows, num_rows - 1) * x_stride;
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = min(tile * 8 + i * 4 + lane / 8, size_out - 1 - first_row);
+      offsets[tile][i] = row * size_in + k_of_load[i];
     }
   }
-  using Slot = Words[kOperands][nb::kWarpSize];
-  Slot* ring = reinterpret_cast<Slot*>(shared_memory) + warp * kStages;
-  const int num_steps = (size_in + kStep - 1) / kStep;
+  const T* rows_of_x[kTilesOfX];
+#pragma unroll
+  for (int i = 0; i < kTilesOfX; ++i) {
+    rows_of_x[i] = x + min(i * 8 + column, num_rows - 1) * x_stride + k_of_x;
+  }
 
-  const auto fetch = [&](int step, Slot& slot) {
-    const int k = step * kStep + k_of_lane;
-    if (step < num_steps) {
+  float sums[kTiles][2][4] = {};
+  // Even columns have the line's first half from the first load, odd ones from the second. So in the
+  // product of the first halves column c is row c / 2 of the tile where c is even, 4 + c / 2 where it
+  // is odd, and in that of the second halves it is the other.
+  const auto multiply = [&](const Words (&w)[kTiles][2], const Words (&values)[kTilesOfX][2]) {
 #pragma unroll
-      for (int i = 0; i < kOperands; ++i) {
-        nb::cp_async_16(&slot[i][lane], rows[i] + k, k < size_in);
-      }
-    }
-    nb::cp_async_commit();  // also where there was nothing: the wait below counts groups
-  };
-
-  float sums[kRowTiles][kColumnTiles][4] = {};
+    for (int word = 0; word < 4; word += 2) {
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) fetch(warp + stage * kWarps, ring[stage]);
-  int stage = 0;
-  for (int step = warp; step < num_steps; step += kWarps) {
-    fetch(step + (kStages - 1) * kWarps, ring[stage == 0 ? kStages - 1 : stage - 1]);
-    nb::cp_async_wait<kStages - 1>();
-    Words words[kOperands];
+      for (int half = 0; half < 2; ++half) {
+        nb::uint32 a[4] = {};
 #pragma unroll
-    for (int i = 0; i < kOperands; ++i) words[i] = ring[stage][i][lane];
+        for (int i = 0; i < kTilesOfX; ++i) {
+          a[i] = values[i][half].items[word];
+          a[i + 2] = values[i][half].items[word + 1];
+        }
+        const bool is_second = column % 2 != half;
 #pragma unroll
-    for (int half = 0; half < 4; half += 2) {
+        for (int tile = 0; tile < kTiles; ++tile) {
+          nb::uint32 b[2];
 #pragma unroll
-      for (int tile = 0; tile < kRowTiles; ++tile) {
-        const Words &upper = words[2 * tile], &lower = words[2 * tile + 1];
-        const nb::uint32 a[4] = {upper.items[half], lower.items[half], upper.items[half + 1],
-                                 lower.items[half + 1]};
-#pragma unroll
-        for (int column = 0; column < kColumnTiles; ++column) {
-          const Words& values = words[2 * kRowTiles + column];
-          const nb::uint32 b[2] = {values.items[half], values.items[half + 1]};
-          nb::mma_m16n8k16<T>(sums[tile][column], a, b);
+          for (int j = 0; j < 2; ++j) {
+            b[j] = is_second ? w[tile][1].items[word + j] : w[tile][0].items[word + j];
+          }
+          nb::mma_m16n8k16<T>(sums[tile][half], a, b);
         }
       }
     }
-    stage = stage + 1 == kStages ? 0 : stage + 1;
+  };
+
+  int k = warp * kStep;
+#pragma unroll 1
+  for (; k + kStep <= size_in; k += kWarps * kStep) {
+    Words w[kTiles][2], values[kTilesOfX][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) w[tile][i] = load_words_once(tile_rows + k + offsets[tile][i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kTilesOfX; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) values[i][half] = load_words(rows_of_x[i] + k + half * kHalf);
+    }
+    multiply(w, values);
+  }
+  if (k < size_in) {  // less than a line is left, and this warp's
+    Words w[kTiles][2] = {}, values[kTilesOfX][2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (k + k_of_load[i] < size_in) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          w[tile][i] = load_words_once(tile_rows + k + offsets[tile][i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (k + half * kHalf + k_of_x < size_in) {
+#pragma unroll
+        for (int i = 0; i < kTilesOfX; ++i) {
+          values[i][half] = load_words(rows_of_x[i] + k + half * kHalf);
+        }
+      }
+    }
+    multiply(w, values);
   }
 
-  // The ring's memory now takes the sums: [kWarps][x's rows][weight's rows], padded so that the rows
-  // that a warp writes at once lie in different banks.
-  using Sums = float[kColumnTiles * 8][kTileRows + 4];
-  Sums* partials = reinterpret_cast<Sums*>(shared_memory);
-  nb::cp_async_wait<0>();
-  __syncthreads();
+  // A lane's columns are 2p and 2p + 1: rows p and 4 + p of the first halves, 4 + p and p of the second.
 #pragma unroll
-  for (int tile = 0; tile < kRowTiles; ++tile) {
+  for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int column = 0; column < kColumnTiles; ++column) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        partials[warp][column * 8 + lane % 4 * 2 + i % 2][tile * 16 + group + i / 2 * 8] =
-            sums[tile][column][i];
-      }
+    for (int i = 0; i < kTilesOfX; ++i) {
+      float* to = &partials[warp][i * 8 + column][tile * 8 + lane % 4];
+      to[0] = sums[tile][0][2 * i] + sums[tile][1][2 * i + 1];
+      to[4] = sums[tile][0][2 * i + 1] + sums[tile][1][2 * i];
     }
   }
   __syncthreads();
 #pragma unroll 1
-  for (int item = threadIdx.x; item < num_rows * kTileRows; item += kWarps * nb::kWarpSize) {
-    const int row = item / kTileRows, n = item % kTileRows;
+  for (int item = threadIdx.x; item < num_rows * kRows; item += kWarps * nb::kWarpSize) {
+    const int row = item / kRows, n = item % kRows;
     if (first_row + n >= size_out) continue;
     float sum = 0.0f;
 #pragma unroll
@@ -137,36 +180,51 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
 }
 
-// kRows >= num_rows.
-template <typename T, int kWarps, int kRows>
+// kRowsOfX >= num_rows, and a lane for each of a warp's results: kRows * kRowsOfX <= 32.
+template <typename T, int kWarps, int kRows, int kRowsOfX>
 __global__ void __launch_bounds__(kWarps * 32)
     gemv_float(T* out, const T* __restrict__ x, const T* __restrict__ weight,
                const T* __restrict__ bias, const T* residual, int num_rows, int size_out,
                int size_in, nb::int64 x_stride) {
   using Pack = nb::Pack<T>;
-  const int lane = threadIdx.x % nb::kWarpSize;
-  const int n = blockIdx.x * kWarps + threadIdx.x / nb::kWarpSize;
-  if (n >= size_out) return;  // a whole warp
-  const T* weight_row = weight + static_cast<nb::int64>(n) * size_in;
+  __shared__ float partials[kWarps][kRows * kRowsOfX][nb::kWarpSize + 1];
+  const int warp = threadIdx.x / nb::kWarpSize, lane = threadIdx.x % nb::kWarpSize;
+  const int first_row = (blockIdx.x * kWarps + warp) * kRows;
+  if (first_row >= size_out) return;  // a whole warp
 
-  float sums[kRows] = {};
-#pragma unroll 4
-  for (int k = lane * Pack::size; k < size_in; k += nb::kWarpSize * Pack::size) {
-    const Pack weights = nb::load_pack_once(weight_row + k);
+  const T* rows[kRows];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = weight + static_cast<nb::int64>(min(first_row + i, size_out - 1)) * size_in;
+  }
+  float sums[kRows][kRowsOfX] = {};
+#pragma unroll 1
+  for (int k = lane * Pack::size; k < size_in; k += nb::kWarpSize * Pack::size) {
+    Pack weights[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) weights[i] = nb::load_pack_once(rows[i] + k);
+#pragma unroll
+    for (int row = 0; row < kRowsOfX; ++row) {
       const Pack values = nb::load_pack(x + min(row, num_rows - 1) * x_stride + k);
 #pragma unroll
-      for (int j = 0; j < Pack::size; ++j) {
-        sums[row] += nb::to_float(weights.items[j]) * nb::to_float(values.items[j]);
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < Pack::size; ++j) {
+          sums[i][row] += nb::to_float(weights[i].items[j]) * nb::to_float(values.items[j]);
+        }
       }
     }
   }
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    const float sum = nb::warp_reduce(sums[row], nb::Sum());
-    if (lane == row && row < num_rows) {
-      finish(out, bias, residual, static_cast<nb::int64>(row) * size_out + n, n, sum);
-    }
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int row = 0; row < kRowsOfX; ++row) partials[warp][i * kRowsOfX + row][lane] = sums[i][row];
   }
+  __syncwarp();
+  const int n = first_row + lane / kRowsOfX, row = lane % kRowsOfX;
+  if (lane >= kRows * kRowsOfX || n >= size_out || row >= num_rows) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < nb::kWarpSize; ++i) sum += partials[warp][lane][i];
+  finish(out, bias, residual, static_cast<nb::int64>(row) * size_out + n, n, sum);
 }

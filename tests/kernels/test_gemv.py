@@ -31,7 +31,12 @@ def test_it_is_a_linear_layer_plus_a_residual_that_it_may_write_over(
 
 @pytest.mark.parametrize(
     ("dtype", "size_out", "size_in"),
-    [(torch.float32, 21, 648), (torch.float16, 21, 648), (torch.float16, 8200, 16)],
+    [
+        (torch.float32, 21, 648),
+        (torch.float16, 21, 648),
+        (torch.float16, 74, 328),  # more weight rows to a block from 9 rows on, on the emulator
+        (torch.float16, 4600, 72),  # and on a GPU of 132 multiprocessors
+    ],
 )
 def test_a_row_is_the_same_in_every_batch(
     program_for: Callable[[Op], Program], dtype: torch.dtype, size_out: int, size_in: int
@@ -49,6 +54,20 @@ def test_a_row_is_the_same_in_every_batch(
     whole = product(0, 16)
     for first, last in ((0, 1), (4, 5), (15, 16), (3, 8), (2, 10), (0, 9)):
         assert torch.equal(product(first, last), whole[first:last])
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 72, 108, 132])
+def test_the_warps_that_share_a_sum_do_not_depend_on_the_rows(multiprocessors: int) -> None:
+    for size_out in range(8, 40_000, 56):
+        few, many = (gemv.shape(rows, size_out, multiprocessors) for rows in (8, 9))
+        assert few[0] == many[0]
+
+
+def test_small_matrices_are_spread_over_the_device() -> None:
+    """The products of a model of 7 billion parameters, on 132 multiprocessors: a wave of blocks
+    that is nearly full, or many."""
+    shapes = {size_out: gemv.shape(1, size_out, 132) for size_out in (3584, 4608, 8192, 152064)}
+    assert shapes == {3584: (16, 4, 1), 4608: (8, 1, 5), 8192: (8, 4, 2), 152064: (8, 4, 2)}
 
 
 def test_rows_do_not_meet(program_for: Callable[[Op], Program]) -> None:

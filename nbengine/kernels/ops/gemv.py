@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -48,30 +49,47 @@ def launch(
         raise ValueError(f"K={size_in} of {x.dtype} must be a multiple of {pack}")
     arguments = (out, x, weight, bias, residual, num_rows, size_out, size_in, x.stride(0))
     if x.dtype == torch.float32:
-        kernel = program.kernel("gemv_float", x.dtype, 4, 1 << (num_rows - 1).bit_length())
-        kernel[-(-size_out // 4), 128](*arguments)
+        rows_of_x = 1 << (num_rows - 1).bit_length()
+        rows = min(8, 32 // rows_of_x)
+        kernel = program.kernel("gemv_float", x.dtype, 4, rows, rows_of_x)
+        kernel[-(-size_out // (4 * rows)), 128](*arguments)
         return
-    warps, row_tiles, column_tiles, stages = tiling(num_rows, size_out)
-    kernel = program.kernel("gemv", x.dtype, warps, row_tiles, column_tiles, stages)
-    shared_bytes = warps * stages * (2 * row_tiles + column_tiles) * 512
-    kernel[-(-size_out // (16 * row_tiles)), warps * 32, shared_bytes](*arguments)
+    warps, tiles, blocks = shape(num_rows, size_out, _multiprocessors(program.device))
+    kernel = program.kernel("gemv", x.dtype, warps, tiles, 1 if num_rows <= 8 else 2, blocks)
+    kernel[-(-size_out // (8 * tiles)), warps * 32](*arguments)
 
 
-def tiling(num_rows: int, size_out: int) -> tuple[int, int, int, int]:
-    """Warps of a block, its weight rows and x's rows in tiles of 16 and of 8, and stages of a warp.
+SHAPES = ((8, 4, 2), (8, 2, 3), (8, 1, 5), (16, 4, 1))
+"""Warps of a block, its weight rows in tiles of 8, and the blocks that a multiprocessor holds at once.
+More rows to a block mean fewer reads of x."""
 
-    Two things are wanted of it: 50 KiB of weights or more in flight on each of 132 multiprocessors,
-    and few reads of x, which each block takes from the L2: of M / (16 * row_tiles) bytes for each
-    byte of the weight. The warps decide the order of a sum, and so must not depend on M. Shared
-    memory stays within the 99 KiB of the smallest devices.
+
+@functools.lru_cache(maxsize=1024)
+def shape(num_rows: int, size_out: int, multiprocessors: int) -> tuple[int, int, int]:
+    """The first shape whose blocks leave the device nowhere idle for long, or the one that comes
+    nearest.
+
+    They run in waves of as many as the device holds, the last of which is seldom full. The warps
+    decide the order of a sum, and so must not depend on num_rows.
     """
-    is_wide = size_out >= 8192  # several blocks on each multiprocessor, whatever their size
-    warps = 4 if is_wide else 8
-    if num_rows <= 4:
-        return warps, 1, 1, 6
-    if num_rows <= 8:
-        return warps, 2, 1, 4
-    return warps, 4 if is_wide else 2, 2, 4
+
+    def busy(shape: tuple[int, int, int]) -> float:
+        _, tiles, at_once = shape
+        blocks, slots = -(-size_out // (8 * tiles)), at_once * multiprocessors
+        return min(0.95, blocks / (-(-blocks // slots) * slots))
+
+    best = max(SHAPES, key=busy)
+    if best == (8, 1, 5) and num_rows > 8:  # for which its threads have too few registers
+        return 8, 2, 3
+    return best
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """The emulated device is so small that small matrices reach every shape."""
+    if device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def reference(
@@ -93,15 +111,27 @@ def reference(
 def cases() -> Iterator[Case]:
     for dtype in FLOATS:
         for rows, size_out, size_in in (
-            (1, 40, 576),
+            (1, 74, 576),
             (3, 16, 1536),
             (5, 33, 64),
             (8, 20, 4864),
             (16, 2, 264),
         ):
             yield _case(dtype, rows, size_out, size_in, rows % 2 == 1, rows > 3)
-    for rows in (2, 12):  # four warps to a block, and of many rows four tiles
-        yield _case(torch.bfloat16, rows, 8193, 8, False, True)
+    for rows, size_out, size_in in (
+        # Every shape of a block: on the emulated device, ...
+        (7, 90, 72),
+        (12, 74, 136),
+        (9, 120, 200),
+        (2, 120, 8),
+        # ... and on one of 132 multiprocessors.
+        (2, 4600, 8),
+        (12, 4600, 8),
+        (7, 6140, 8),
+        (2, 8190, 8),
+        (12, 8190, 8),
+    ):
+        yield _case(torch.bfloat16, rows, size_out, size_in, False, True)
 
 
 def _case(
