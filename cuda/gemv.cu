@@ -7,17 +7,17 @@
 //
 // What counts is the weight: N * K elements, read once. A GPU that reads 3 to 5 TB/s sees 1.5 to
 // 2.4e12 elements of 2 bytes a second, for each of which its ordinary lanes have some 12 to 19
-// instructions: unpacking and M multiply-adds use those up by M = 8. Tensor cores take 512 elements in
-// four instructions, so for 16-bit types all M go there, and the code is one.
+// instructions: unpacking and M multiply-adds use those up by M = 8. Tensor cores take 512 elements
+// in four instructions, so for 16-bit types all M go there, and the code is one.
 //
 // gemv: a block takes kTiles * 8 rows of the weight. A tile's 8 rows are the columns of an mma, the
 // rows of x are its 16 rows, the last 8 of them zero where M <= 8. The warps take turns at steps of
-// 64 k, a 128-byte line of each row. What a lane loads is what it multiplies: only the warps' sums pass
-// through shared memory, at the end, and are added in the order of warps.
+// 64 k, a 128-byte line of each row. What a lane loads is what it multiplies: only the warps' sums
+// pass through shared memory, at the end, and are added in the order of warps.
 //
-//   As the order of k within a product is free, a lane's share of a row is 8 neighbours, one 16-byte
-//   load. For a warp's load to be four whole lines, the even and odd columns of a tile take different
-//   halves of a line at a time (see `multiply`).
+//   As the order of k within a product is free, a lane's share of a row is 8 neighbours: a load of
+//   16 bytes. For a warp's load to be four whole lines, the even and odd columns of a tile take
+//   different halves of a line at a time (see `multiply`).
 //
 //   Every block reads all of x: M / (8 * kTiles) bytes for each byte of the weight, a burden if they
 //   came from the L2. The weight's loads take no place in the L1, so that x stays there as far as it
@@ -29,8 +29,8 @@
 // A sum's order depends on N and K alone, so a row's result is the same in every batch. Rows of x or
 // weight past the end repeat the last one and are dropped.
 //
-// gemv_float: the same without tensor cores, which would round float32. A warp takes kRows rows of the
-// weight, its lanes take turns at packs of K, and each of its results is added up by one lane.
+// gemv_float: the same without tensor cores, which would round float32. A warp takes kRows rows of
+// the weight, its lanes take turns at packs of K, and each of its results is added up by one lane.
 
 #include "nb/mma.cuh"
 #include "nb/reduce.cuh"
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   const int column = lane / 4;  // of a tile; and the row of x
   const int first_row = blockIdx.x * kRows;
 
-  // Two loads to a tile. Lanes 8r to 8r + 7 read the line of row r in the first, each the 8 elements of
-  // its place; in the second that of row r + 4, with the line's halves exchanged.
+  // Two loads to a tile. In the first, lanes 8r to 8r + 7 read the line of row r, each the 8 elements
+  // of its place; in the second that of row r + 4, with the line's halves exchanged.
   const int k_of_load[2] = {lane % 8 * 8, lane % 8 * 8 ^ kHalf};
   const int k_of_x = lane % 4 * 8;  // and kHalf further
   const T* tile_rows = weight + static_cast<nb::int64>(first_row) * size_in;
@@ -90,9 +90,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   }
 
   float sums[kTiles][2][4] = {};
-  // Even columns have the line's first half from the first load, odd ones from the second. So in the
-  // product of the first halves column c is row c / 2 of the tile where c is even, 4 + c / 2 where it
-  // is odd, and in that of the second halves it is the other.
+  // Even columns have a line's first half from the first load, odd ones from the second. So in the
+  // product of the first halves column c is row c / 2 of the tile where c is even, 4 + c / 2 where
+  // it is odd, and in that of the second halves it is the other.
   const auto multiply = [&](const Words (&w)[kTiles][2], const Words (&values)[kTilesOfX][2]) {
 #pragma unroll
     for (int word = 0; word < 4; word += 2) {
@@ -130,7 +130,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
 #pragma unroll
     for (int i = 0; i < kTilesOfX; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) values[i][half] = load_words(rows_of_x[i] + k + half * kHalf);
+      for (int half = 0; half < 2; ++half) {
+        values[i][half] = load_words(rows_of_x[i] + k + half * kHalf);
+      }
     }
     multiply(w, values);
   }
@@ -157,7 +159,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
     multiply(w, values);
   }
 
-  // A lane's columns are 2p and 2p + 1: rows p and 4 + p of the first halves, 4 + p and p of the second.
+  // A lane's columns are 2p and 2p + 1: rows p and 4 + p of the first halves, 4 + p and p of the
+  // second.
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -218,7 +221,9 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-    for (int row = 0; row < kRowsOfX; ++row) partials[warp][i * kRowsOfX + row][lane] = sums[i][row];
+    for (int row = 0; row < kRowsOfX; ++row) {
+      partials[warp][i * kRowsOfX + row][lane] = sums[i][row];
+    }
   }
   __syncwarp();
   const int n = first_row + lane / kRowsOfX, row = lane % kRowsOfX;

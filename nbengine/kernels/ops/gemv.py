@@ -48,13 +48,15 @@ def launch(
     if size_in % pack:
         raise ValueError(f"K={size_in} of {x.dtype} must be a multiple of {pack}")
     arguments = (out, x, weight, bias, residual, num_rows, size_out, size_in, x.stride(0))
+    multiprocessors = _multiprocessors(program.device)
     if x.dtype == torch.float32:
         rows_of_x = 1 << (num_rows - 1).bit_length()
-        rows = min(8, 32 // rows_of_x)
+        wanted = 8 if size_out >= 128 * multiprocessors else 2  # 16 warps to a multiprocessor
+        rows = min(wanted, 32 // rows_of_x)
         kernel = program.kernel("gemv_float", x.dtype, 4, rows, rows_of_x)
         kernel[-(-size_out // (4 * rows)), 128](*arguments)
         return
-    warps, tiles, blocks = shape(num_rows, size_out, _multiprocessors(program.device))
+    warps, tiles, blocks = shape(num_rows, size_out, multiprocessors)
     kernel = program.kernel("gemv", x.dtype, warps, tiles, 1 if num_rows <= 8 else 2, blocks)
     kernel[-(-size_out // (8 * tiles)), warps * 32](*arguments)
 
@@ -132,6 +134,8 @@ def cases() -> Iterator[Case]:
         (12, 8190, 8),
     ):
         yield _case(torch.bfloat16, rows, size_out, size_in, False, True)
+    for rows, size_out, size_in in ((1, 300, 132), (5, 300, 36), (2, 16900, 8)):  # eight to a warp
+        yield _case(torch.float32, rows, size_out, size_in, True, False)
 
 
 def _case(
