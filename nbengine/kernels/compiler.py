@@ -247,10 +247,12 @@ def _run_nvrtc(
 def _bytes(nvrtc: Any, what: str, program: Any) -> bytes:
     status, size = getattr(nvrtc, f"nvrtcGet{what}Size")(program)
     _expect(nvrtc, status)
-    content = b" " * size
-    (status,) = getattr(nvrtc, f"nvrtcGet{what}")(program, content)  # it writes into the bytes
+    # NVRTC writes into these bytes. One more than it needs: Python has a single object for all equal
+    # bytes of length one, and an empty log would put a null into every b" " of the process.
+    content = bytes(size + 1)
+    (status,) = getattr(nvrtc, f"nvrtcGet{what}")(program, content)
     _expect(nvrtc, status)
-    return content
+    return content[:size]
 
 
 def _text(nvrtc: Any, what: str, program: Any) -> str:

@@ -50,6 +50,12 @@ def refusal(text: str, expression: str, architecture: str = "sm_90") -> CompileE
     return refused.value
 
 
+def test_what_nvrtc_writes_reaches_no_other_bytes_of_the_process() -> None:
+    """All bytes of length one and equal value are one object."""
+    assert compiler.compile(SOURCE, "scale<float>", "sm_90").warnings == ()
+    assert [bytes([value])[0] for value in range(256)] == list(range(256))
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a"])
 def test_machine_code_and_ptx_come_without_a_gpu(architecture: str) -> None:
     cubin = compiler.compile(SOURCE, "scale<__half>", architecture)
