@@ -7,7 +7,7 @@ billion parameters: CUDA events around replays of a captured graph, rotating arg
 the L2. Prints one table, and keeps everything as JSON. Exit status 1 says that something is wrong,
 2 that only figures are missed.
 
-    python benchmarks/gpu_check.py [--only OP ...] [--skip-tests] [--sanitizer] [--output FOLDER]
+    python benchmarks/gpu_check.py [--only OP ...] [--skip-tests] [--skip-verify] [--sanitizer] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ sys.path.insert(0, str(ROOT))  # the checkout is measured, installed or not
 
 Record = dict[str, Any]
 TIMEOUT_S = 300
+COUNTED = re.compile(r"\d+ (passed|failed|error)")
+POISONED = 3
+"""Exit status of a worker in which a kernel failed: nothing more can be trusted in its process, and
+another one goes on."""
 SANITIZED_CASES = 2
 """Of each op's grid: a launch is a hundred times slower there."""
 
@@ -78,8 +82,8 @@ def work(task: str, names: list[str]) -> None:
             message = f"{type(error).__name__}: {error}"
             tell({"op": name, "error": message})
         tell({"op": name, "done": True})
-        if "cuda" in message.lower():
-            sys.exit(1)  # nothing more can be trusted in this process
+        if "cuda error" in message.lower() or message.startswith("KernelError"):
+            sys.exit(POISONED)
 
 
 def implementations(name: str) -> list[str | None]:
@@ -232,10 +236,10 @@ def run_worker(
                 timeout=TIMEOUT_S,
             )
             output, log, how = run.stdout, run.stdout + run.stderr, f"status {run.returncode}"
-            failed = run.returncode != 0
+            status, failed = run.returncode, run.returncode != 0
         except subprocess.TimeoutExpired as expired:
             output, log, how = _text(expired.stdout), "", f"{TIMEOUT_S} s without an end"
-            failed = True
+            status, failed = -1, True
         told = [json.loads(line[1:]) for line in output.splitlines() if line.startswith("@")]
         records += [record for record in told if "done" not in record]
         done = {record["op"] for record in told if "done" in record}
@@ -243,6 +247,9 @@ def run_worker(
         lines = [line for line in log.splitlines() if not line.startswith("@")]
         told_by_sanitizer = [line for line in lines if line.startswith("=========")]
         tail = "\n".join(told_by_sanitizer[:40] or lines[-40:])
+        if undone and status == POISONED:
+            left = undone
+            continue
         if undone:
             records.append({"op": undone[0], "error": f"{how}:\n{tail}"})
         elif failed and not any("error" in record for record in told):
@@ -265,7 +272,7 @@ def run_tests(*, alone: bool = False) -> Record:
     if alone:
         command += ["-m", "gpu_alone", "-n0"]
     else:
-        command += ["-m", "not gpu_alone", "-n", "logical", "--maxprocesses", "6"]
+        command += ["-m", "not gpu_alone", "-n", "logical", "--maxprocesses", "10"]
     command += [str(path.relative_to(ROOT)) for path in files]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -276,7 +283,7 @@ def run_tests(*, alone: bool = False) -> Record:
     return {
         "command": "python " + " ".join(command[1:]),
         "passed": status == 0,
-        "summary": lines[-1] if lines else "",
+        "summary": next((line for line in reversed(lines) if COUNTED.search(line)), "no tests ran"),
         "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
         "log": "" if status == 0 else "\n".join(lines[-150:]),
         "seconds": round(time.perf_counter() - start, 1),
@@ -388,7 +395,7 @@ def report(result: Record) -> str:
     ]
     headers = ("op", "case", "by", "µs", "spread", "GB/s", "TFLOP/s", "of roofline", "bound")
     parts.append(table_text((*headers, "x own"), rows))
-    right = [record for record in result["verify"] if "error" not in record]
+    right = [record for record in result.get("verify", ()) if "error" not in record]
     parts.append(
         table_text(
             ("verified", "by", "cases", "worst, of allowed", "s"),
@@ -443,7 +450,7 @@ def report(result: Record) -> str:
 
 
 def is_right(result: Record) -> bool:
-    records = [*result["verify"], *result.get("bench", ())]
+    records = [*result.get("verify", ()), *result.get("bench", ())]
     runs = [*result.get("sanitizer", ()), *result.get("tests", ())]
     return not any("error" in record for record in records) and all(r["passed"] for r in runs)
 
@@ -452,6 +459,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="OP", help="these ops, and no tests")
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--skip-verify", action="store_true")
     parser.add_argument("--skip-bench", action="store_true")
     parser.add_argument("--sanitizer", action="store_true", help="memcheck and racecheck as well")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
@@ -481,8 +489,9 @@ def main() -> int:
     }
     with ThreadPoolExecutor(given.jobs + 1) as pool:
         tests = None if given.skip_tests or given.only else pool.submit(run_tests)
-        verified = [pool.submit(run_worker, "verify", [name]) for name in names]
-        result["verify"] = [record for future in verified for record in future.result()]
+        if not given.skip_verify:
+            verified = [pool.submit(run_worker, "verify", [name]) for name in names]
+            result["verify"] = [record for future in verified for record in future.result()]
         if tests is not None:
             result["tests"] = [tests.result()]
     if tests is not None:
@@ -493,14 +502,16 @@ def main() -> int:
         result["bench"] = run_worker("bench", names)
         timed = [record for record in result["bench"] if "error" not in record]
         result["bars"] = judged(timed, tuple(bar for bar in BARS if bar.op in names))
+    given.output.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "_", result["machine"]["device"].lower()).strip("_")
+    path = given.output / f"gpu_check_{device}.json"
     if given.sanitizer:
+        path.write_text(json.dumps(result, indent=2) + "\n")  # what follows takes long
+        print(report(result), flush=True)
         with ThreadPoolExecutor(2) as pool:
             runs = [pool.submit(run_sanitizer, tool, names) for tool in ("memcheck", "racecheck")]
             result["sanitizer"] = [run.result() for run in runs]
     print(report(result))
-    given.output.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "_", result["machine"]["device"].lower()).strip("_")
-    path = given.output / f"gpu_check_{device}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nkept in {path}")
     if not is_right(result):

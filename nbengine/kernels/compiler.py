@@ -36,8 +36,15 @@ from nbengine.kernels.report import (
 )
 from nbengine.kernels.source import INCLUDE_ROOT, Source
 
-OPTIONS = ("--std=c++17", "-lineinfo", "--ptxas-options=-v", "-no-source-include")
-"""Given to every compilation. The last: NVRTC would also look into the working directory."""
+OPTIONS = (
+    "--std=c++17",
+    "-lineinfo",
+    "--ptxas-options=-v",
+    "-default-device",
+    "-no-source-include",
+)
+"""Given to every compilation. -default-device: NVRTC 13.0 takes generic lambdas for host functions.
+-no-source-include: it would also look into the working directory."""
 CACHE_BYTES = 256 * 2**20
 """Results that were not asked for the longest are deleted when the cache is larger."""
 _FORMAT = 1
