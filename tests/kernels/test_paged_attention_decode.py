@@ -153,3 +153,15 @@ def test_what_the_kernel_cannot_take_is_refused_in_words(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         decode.launch(EmulatedProgram(Source.of_op(decode.OP.source)), **_made(CHUNKED, **changes))
+
+
+@pytest.mark.parametrize("block_size", [8, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_every_head_size_takes_the_largest_group(
+    program: Program, head_dim: int, block_size: int
+) -> None:
+    verify(
+        decode.OP,
+        program,
+        [decode.case(torch.bfloat16, (16, 2, head_dim), block_size, [1, 9, 70])],
+    )

@@ -149,3 +149,13 @@ def test_a_tile_fits_the_shared_memory(head_dim: int, architecture: str) -> None
         tile = prefill.tiling(dtype, head_dim, limits)
         assert tile.shared_bytes <= limits.block_shared_bytes
         assert tile.blocks_per_sm * (tile.shared_bytes + 1024) <= limits.shared_bytes
+
+
+@pytest.mark.parametrize("block_size", [8, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_every_head_size_takes_the_largest_group(
+    program: Program, head_dim: int, block_size: int
+) -> None:
+    sequences = ((5, 3), (2, 20))
+    case = prefill.make_case("", torch.bfloat16, head_dim, 1, 16, block_size, sequences)
+    verify(prefill.OP, program, [case])
