@@ -66,8 +66,8 @@ def python_of(page: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
-    printed = run(python_of(ROOT / "README.md"), tmp_path)
+def test_the_example_of_the_readme_runs() -> None:
+    printed = run(python_of(ROOT / "README.md"), ROOT)
     assert "Paris" in printed
     assert "req-1: running" in printed
 
@@ -95,3 +95,15 @@ def test_the_speeds_in_the_readme_are_those_that_were_measured() -> None:
     for engine, speeds in results["tokens_per_second"].items():
         shown = [float(cell) for cell in rows[engine].split("|") if cell.strip()]
         assert shown == [speed["median"] for speed in speeds.values()]
+
+
+def test_the_figures_of_attention_in_the_readme_are_those_that_were_measured() -> None:
+    path = ROOT / "benchmarks" / "results" / "gpu_check_nvidia_h200.json"
+    measured = [bar["figure"] for bar in json.loads(path.read_text())["bars"]]
+    cells = re.findall(
+        r"^\| (?:decode|prefill), .*\| +([\d.]+)", (ROOT / "README.md").read_text(), re.M
+    )
+    assert [float(cell) for cell in cells] == [
+        *(round(f, 2) for f in measured[:-1]),
+        round(measured[-1]),
+    ]
