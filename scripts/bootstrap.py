@@ -40,6 +40,8 @@ def main() -> None:
     options = arguments.parse_args()
     venv = (ROOT / options.venv).resolve()
     wanted = {extra for extra in options.extras.split(",") if extra}
+    if has_nvidia_gpu():
+        wanted.add("cuda")  # what compiles the kernels
 
     stamp = Stamp(venv)
     if stamp.covers(wanted):

@@ -11,6 +11,9 @@ from torch import Tensor
 
 PACK_BYTES = 16
 
+MAX_VOCAB_SIZE = 1 << 19
+"""Of the sampling kernels: a row's weights are summed in integers of 64 bits."""
+
 
 def pack_size(size: int, itemsize: int) -> int:
     """Elements in the widest pack of which rows of `size` elements are a whole number: the
@@ -72,5 +75,7 @@ def check_logits(logits: Tensor) -> None:
             f"logits {list(logits.shape)} have the strides {list(logits.stride())}: they are [R, V] "
             "with dense rows"
         )
-    if not 1 <= logits.shape[1] <= 1 << 19:
-        raise ValueError(f"logits of {logits.shape[1]:,} tokens: 1 to {1 << 19:,} are possible")
+    if not 1 <= logits.shape[1] <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"logits of {logits.shape[1]:,} tokens: 1 to {MAX_VOCAB_SIZE:,} are possible"
+        )

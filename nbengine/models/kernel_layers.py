@@ -1,7 +1,7 @@
 """`KernelLayers`: the decoder's layers on the op table (`nbengine.kernels`).
 
 What `Decoder.forward` computes operation by operation in torch, in the fused pieces that the kernels
-offer: a layer is seven launches and four products. It reads nothing back and its only allocations
+offer: a layer is five launches and four products. It reads nothing back and its only allocations
 are torch's own, so that a decode step can be captured in a CUDA graph. It asks for ops by name and
 does not know who runs them.
 
@@ -22,7 +22,9 @@ from nbengine.config import EngineConfig
 from nbengine.errors import InvalidField
 from nbengine.execution.batch import Batch
 from nbengine.execution.kv_cache import KVCache
+from nbengine.kernels.compiler import ToolchainMissing, nvidia_headers, nvrtc_version
 from nbengine.kernels.ops.paged_attention_decode import workspace_bytes
+from nbengine.kernels.shapes import MAX_VOCAB_SIZE
 from nbengine.kernels.table import Kernels
 from nbengine.models.config import ModelConfig
 from nbengine.models.linear import DenseLinear, Linear
@@ -51,6 +53,8 @@ def unserved(config: ModelConfig, dtype: torch.dtype) -> str | None:
             f"hidden_size {config.hidden_size} and intermediate_size {config.intermediate_size} "
             f"are not both multiples of {pack}"
         )
+    if config.vocab_size > MAX_VOCAB_SIZE:
+        return f"the vocabulary has {config.vocab_size:,} tokens, more than {MAX_VOCAB_SIZE:,}"
     return None
 
 
@@ -73,11 +77,22 @@ def choose_kernels(
         problem = f"need a CUDA device, and the engine runs on {device}"
     elif wanted == "emulated" and device.type != "cpu":
         problem = f"run on a CPU: give device='cpu', not {str(device)!r}"
+    if problem is None and device.type == "cuda":
+        problem = _missing_toolchain()
     if problem is None:
         return Kernels(device, "emulated" if wanted == "emulated" else "cuda")
     if wanted != "auto":
         raise InvalidField("kernels", wanted, problem)
-    _log.warning("the model runs in torch's operations, because for the kernels %s", problem)
+    _log.warning("the model runs in torch's operations and not by kernels: %s", problem)
+    return None
+
+
+def _missing_toolchain() -> str | None:
+    try:
+        nvrtc_version()
+        nvidia_headers()
+    except ToolchainMissing as missing:
+        return str(missing)
     return None
 
 

@@ -12,6 +12,7 @@ import transformers
 from nbengine.config import EngineConfig
 from nbengine.errors import InvalidField
 from nbengine.kernels.table import Kernels
+from nbengine.models import kernel_layers
 from nbengine.models.config import ModelConfig
 from nbengine.models.kernel_layers import KernelLayers, choose_kernels, unserved
 from nbengine.models.registry import load_model
@@ -112,3 +113,15 @@ class TestChoice:
     def test_quantised_weights_are_refused(self):
         with pytest.raises(InvalidField, match="int4"):
             self.choose(kernels="emulated", quantization="int4")
+
+    def test_on_a_gpu_without_nvidias_packages_auto_is_torch_and_cuda_is_refused(
+        self, monkeypatch, caplog
+    ):
+        monkeypatch.setattr(kernel_layers, "_missing_toolchain", lambda: "install nbengine[cuda]")
+        config, gpu = config_of("served-llama"), torch.device("cuda")
+        auto = EngineConfig(model="m")
+        assert choose_kernels(auto, config, torch.bfloat16, gpu) is None
+        assert "install nbengine[cuda]" in caplog.text
+        by_name = EngineConfig(model="m", kernels="cuda")
+        with pytest.raises(InvalidField, match=r"install nbengine\[cuda\]"):
+            choose_kernels(by_name, config, torch.bfloat16, gpu)
