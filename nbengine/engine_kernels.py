@@ -24,8 +24,8 @@ class EngineKernels:
 
     def swap(self, op: str, what: Implementable) -> Swapped:
         """Put another implementation of an op in its place, after it was compared with the
-        reference on the op's grid and on tensors of the running requests (those of a step that
-        computes their last tokens again).
+        reference: on the op's grid, while the engine goes on, and on tensors of the running
+        requests, between two steps (those of a step that computes their last tokens again).
 
         Args:
             what: CUDA C (text, path, `Source`), a Python function, or the name of an alternative.
@@ -35,8 +35,14 @@ class EngineKernels:
             CompileError: it does not compile; the same.
         """
 
+        from nbengine.kernels.implementation import op_named, with_text_read
+
+        what = with_text_read(op_named(op), what)  # what is verified is what will run
+        checked = self._table.check(op, what)
+
         def swap() -> Swapped:
-            return self._table.swap(op, what, live_arguments=self._engine._live_calls(op))
+            live = self._engine._live_calls(op)
+            return self._table.swap(op, what, live_arguments=live, checked=checked)
 
         return self._engine._call(swap)
 

@@ -3,6 +3,7 @@ everything that a scheduler does to a sequence. On a GPU, and emulated on a CPU.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,18 @@ class TestSwap:
         engine.add_request(PROMPTS[0], GREEDY)
         engine.run()
         assert not calls
+
+    def test_the_engine_goes_on_while_the_grid_is_verified(self, engine, expected):
+        def patient(**arguments: Any) -> None:
+            deadline = time.monotonic() + 60
+            while not engine.output("r1").finished:
+                assert time.monotonic() < deadline, "the engine waits for the swap"
+                time.sleep(0.01)
+            OPS["rms_norm"].reference(**arguments)
+
+        engine.start()
+        engine.kernels.swap("rms_norm", patient)
+        assert self.outputs(engine) == expected[self.FAMILY][:2]
 
     @pytest.mark.parametrize(
         "op", ["rms_norm", "kv_cache_write", "paged_attention_decode", "gated_mlp"]

@@ -10,6 +10,7 @@ them when it has moved: a graph goes on calling what was captured.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,8 +77,19 @@ class Kernels:
             getattr(self, name)
         return self._implementations[name]
 
+    def check(self, op: str | Op, what: Implementable) -> Verified:
+        """The first half of a swap: verify `what` on the op's grid. It changes nothing, and may be
+        called on any thread. Raises `Mismatch`, `CompileError`."""
+        found = op_named(op)
+        return verify_implementation(self._candidate(found, what), self.device)
+
     def swap(
-        self, op: str | Op, what: Implementable, *, live_arguments: Iterable[Arguments] = ()
+        self,
+        op: str | Op,
+        what: Implementable,
+        *,
+        live_arguments: Iterable[Arguments] = (),
+        checked: Verified | None = None,
     ) -> Swapped:
         """Verify `what` on the op's grid and on these calls' arguments, then put it in place.
 
@@ -85,6 +97,7 @@ class Kernels:
             what: CUDA C (text, path, `Source`), a `Program`, a Python function, "reference", or
                 the name of an alternative ("cute").
             live_arguments: of calls that the engine made, as `record` keeps them.
+            checked: what `check` returned for it, if the grid need not be verified again.
 
         Raises:
             Mismatch: it differs from the reference; what ran the op still does.
@@ -92,16 +105,16 @@ class Kernels:
         """
         found = op_named(op)
         what = with_text_read(found, what)  # what was verified is what will run
-        checked = verify_implementation(
-            implement(found, what, self.device, self._compiling, checks=True),
-            self.device,
-            live_arguments=live_arguments,
+        on_grid = checked or self.check(found, what)
+        on_live = verify_implementation(
+            self._candidate(found, what), self.device, cases=(), live_arguments=live_arguments
         )
+        verified = dataclasses.replace(on_live, errors=on_grid.errors | on_live.errors)
         before = self.implementation(found)
         now = implement(found, what, self.device, self._compiling)
         self._bind(now)
         self.version += 1
-        return Swapped(before, now, checked)
+        return Swapped(before, now, verified)
 
     def restore(self, op: str | Op) -> Implementation:
         """Put the op's own implementation back, if another is in its place."""
@@ -128,6 +141,9 @@ class Kernels:
 
         self.__dict__[name] = recorded
         return recording
+
+    def _candidate(self, op: Op, what: Implementable) -> Implementation:
+        return implement(op, what, self.device, self._compiling, checks=True)
 
     @property
     def _compiling(self) -> Backend:
