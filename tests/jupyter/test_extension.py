@@ -229,13 +229,18 @@ def test_interrupting_generate_aborts_that_request_alone(
     main = threading.main_thread().ident
     assert main is not None
 
+    is_over = threading.Event()
+
     def stop() -> None:
         eventually(lambda: engine.scheduler.step_count > 10)
-        signal.pthread_kill(main, signal.SIGINT)
+        while not is_over.is_set():  # as somebody would who sees that the first did nothing
+            signal.pthread_kill(main, signal.SIGINT)
+            is_over.wait(1.5)
 
     stopper = threading.Thread(target=stop)
     stopper.start()
     notebook.run("%nb_chat --max-tokens 1000 hello")
+    is_over.set()
     stopper.join()
     assert isinstance(notebook.result.error_in_exec, KeyboardInterrupt)
     assert list(engine.scheduler.live) == ["other"]
