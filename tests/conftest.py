@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 # Workers of a parallel run share the cores; more threads than cores make torch crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell has what it runs in the background ignore interrupts; some tests are about them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

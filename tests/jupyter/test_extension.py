@@ -233,15 +233,10 @@ def test_interrupting_generate_aborts_that_request_alone(
         eventually(lambda: engine.scheduler.step_count > 10)
         signal.pthread_kill(main, signal.SIGINT)
 
-    # A shell starts jobs in the background with this signal ignored, and so what they start.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        stopper = threading.Thread(target=stop)
-        stopper.start()
-        notebook.run("%nb_chat --max-tokens 1000 hello")
-        stopper.join()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    notebook.run("%nb_chat --max-tokens 1000 hello")
+    stopper.join()
     assert isinstance(notebook.result.error_in_exec, KeyboardInterrupt)
     assert list(engine.scheduler.live) == ["other"]
     assert "conversation" not in notebook.shell.user_ns, "an interrupted turn leaves no trace"
