@@ -27,6 +27,8 @@ author = "the nbengine authors"
 release = version = nbengine.__version__
 copyright = author
 
+# A lesson shows errors of compilers, which are no Python tracebacks.
+suppress_warnings = ["misc.highlighting_failure"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["generated/*"]
 html_theme = "furo"
