@@ -31,7 +31,6 @@ from nbengine.execution.kv_cache import KVCache
 from nbengine.execution.memory import (
     Measured,
     MemoryBudget,
-    free_memory,
     measure_activations,
     plan_memory,
 )
@@ -79,7 +78,6 @@ class ModelRunner:
         device = resolve_device("cpu" if on_cpu else settings.device)
         dtype = resolve_dtype(settings.dtype, config, settings.quantization, device)
         kernels = choose_kernels(settings, config, dtype, device)
-        free_before = free_memory(device)
         budget = plan_memory(config, settings, dtype=dtype, device=device)
         try:
             decoder = build_decoder(
@@ -93,7 +91,7 @@ class ModelRunner:
                 decoder.kernel_layers = KernelLayers(decoder, kernels)
             if device.type == "cuda":
                 activations = measure_activations(decoder, settings, budget.max_model_len)
-                measured = Measured(free_before, decoder.nbytes, activations)
+                measured = Measured(budget.available, decoder.nbytes, activations)
                 budget = plan_memory(
                     config, settings, dtype=dtype, device=device, measured=measured
                 )

@@ -23,12 +23,11 @@ from nbengine.execution.sampler import (
     top_logprobs,
 )
 from nbengine.kernels.table import Kernels
+from tests.gpu import needs_gpu
 
 VOCAB = 50
 
-on_gpu = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-)
+on_gpu = pytest.param("cuda", marks=needs_gpu)
 kernels: Kernels | None = None
 
 

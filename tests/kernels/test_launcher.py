@@ -14,6 +14,7 @@ import torch
 from nbengine.kernels import LaunchError, Source
 from nbengine.kernels.launcher import CudaKernel, CudaProgram, KernelError
 from nbengine.kernels.report import Limits, limits_of
+from tests.gpu import needs_gpu
 
 SCALE = Source(
     """
@@ -193,10 +194,7 @@ def test_an_empty_grid_launches_nothing() -> None:
     assert driver.launches == []
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_on_a_gpu_a_kernel_computes_on_the_current_stream(dtype: torch.dtype) -> None:
     from nbengine.kernels.source import C_TYPES
@@ -212,7 +210,7 @@ def test_on_a_gpu_a_kernel_computes_on_the_current_stream(dtype: torch.dtype) ->
     assert torch.equal(out, x * 2)
 
 
-@gpu
+@needs_gpu
 def test_on_a_gpu_a_launch_is_captured_in_a_graph() -> None:
     kernel = CudaProgram(SCALE, debug=True).kernel("scale<float>")
     x, out = torch.ones(1000, device="cuda"), torch.zeros(1000, device="cuda")
@@ -224,7 +222,7 @@ def test_on_a_gpu_a_launch_is_captured_in_a_graph() -> None:
     assert out.sum().item() == 3000
 
 
-@gpu
+@needs_gpu
 def test_on_a_gpu_a_new_thread_can_launch() -> None:
     kernel = CudaProgram(SCALE).kernel("scale<float>")
     x, out = torch.ones(1000, device="cuda"), torch.zeros(1000, device="cuda")
@@ -244,7 +242,7 @@ def test_on_a_gpu_a_new_thread_can_launch() -> None:
     assert out.sum().item() == 3000
 
 
-@gpu
+@needs_gpu
 def test_on_a_gpu_large_shared_memory_is_allowed_and_occupancy_is_the_drivers() -> None:
     kernel = CudaProgram(SCALE).kernel("block_sum")
     assert isinstance(kernel, CudaKernel)
@@ -256,13 +254,13 @@ def test_on_a_gpu_large_shared_memory_is_allowed_and_occupancy_is_the_drivers() 
         assert kernel.report(256, shared_bytes) == calculated
 
 
-@gpu
+@needs_gpu
 def test_on_a_gpu_the_table_of_limits_is_the_drivers() -> None:
     program = CudaProgram(SCALE)
     assert limits_of(program.architecture) in (program.limits, None)
 
 
-@gpu
+@needs_gpu
 def test_on_a_gpu_debug_raises_at_the_launch_that_failed() -> None:
     """In a process of its own, as a wild write ends the context."""
     import subprocess
