@@ -111,6 +111,8 @@ class Measured:
     """Free on the device before it was loaded."""
     weights: int
     activations: int
+    max_positions: int
+    """Not bytes: the positions that its rope table reaches."""
 
 
 def plan_memory(
@@ -139,7 +141,9 @@ def plan_memory(
             free_memory(device),
             weight_bytes(config, dtype, settings.quantization, max_model_len or positions),
             activation_bytes(config, dtype, settings.max_num_batched_tokens, settings.max_num_seqs),
+            positions,
         )
+    positions = min(positions, measured.max_positions)
     available, weights, activations = measured.available, measured.weights, measured.activations
     usable = _usable(device, available, settings.gpu_memory_utilization)
     left = usable - weights - activations

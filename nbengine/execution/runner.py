@@ -91,7 +91,9 @@ class ModelRunner:
                 decoder.kernel_layers = KernelLayers(decoder, kernels)
             if device.type == "cuda":
                 activations = measure_activations(decoder, settings, budget.max_model_len)
-                measured = Measured(budget.available, decoder.nbytes, activations)
+                measured = Measured(
+                    budget.available, decoder.nbytes, activations, decoder.max_positions
+                )
                 budget = plan_memory(
                     config, settings, dtype=dtype, device=device, measured=measured
                 )

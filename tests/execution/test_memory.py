@@ -7,7 +7,7 @@ import transformers
 from nbengine.config import EngineConfig
 from nbengine.errors import NotEnoughMemory
 from nbengine.execution import memory
-from nbengine.execution.memory import GIB, free_host_memory, plan_memory, weight_bytes
+from nbengine.execution.memory import GIB, Measured, free_host_memory, plan_memory, weight_bytes
 from nbengine.models.config import ModelConfig
 from nbengine.models.registry import load_model
 from tests.tiny_models import CONFIGS, save_reference
@@ -38,9 +38,9 @@ def set_free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     monkeypatch.setattr(memory, "free_host_memory", lambda: int(gib * GIB))
 
 
-def plan(**fields):
+def plan(measured: Measured | None = None, **fields):
     settings = EngineConfig(model="any", **fields)
-    return plan_memory(CONFIG, settings, dtype=torch.bfloat16, device=CPU)
+    return plan_memory(CONFIG, settings, dtype=torch.bfloat16, device=CPU, measured=measured)
 
 
 def test_a_cpu_keeps_its_kv_cache_small_unless_one_sequence_needs_more():
@@ -52,6 +52,13 @@ def test_a_cpu_keeps_its_kv_cache_small_unless_one_sequence_needs_more():
     long = plan(max_model_len=32_768)
     assert long.kv_cache == 4 * GIB
     assert long.max_model_len == 32_768
+
+
+def test_what_was_measured_counts_and_no_position_is_promised_beyond_the_rope_table():
+    measured = Measured(64 * GIB, weights=GIB, activations=GIB, max_positions=4096)
+    budget = plan(measured)
+    assert (budget.weights, budget.activations, budget.is_measured) == (GIB, GIB, True)
+    assert budget.num_kv_tokens > budget.max_model_len == 4096
 
 
 def test_no_more_blocks_are_made_than_sequences_can_fill():
