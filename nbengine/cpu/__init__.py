@@ -17,9 +17,10 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from nbengine.disk_cache import cache_folder, made_whole
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = (
@@ -133,14 +134,10 @@ def build(flags: tuple[str, ...] = FLAGS, cache: Path | None = None) -> Path:
     # "native" means another machine's instructions once a home directory travels.
     made_from = (source, repr((compiler, flags)).encode(), _processor().encode())
     name = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:20]
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbengine"
-    library = cache / f"cpu-{name}.so"
+    library = (cache or cache_folder()) / f"cpu-{name}.so"
     if not library.exists():
         print("nbengine: compiling its CPU kernels, once (some seconds)", file=sys.stderr)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            target = Path(scratch) / "kernels.so"
+        with made_whole(library) as target:
             command = [compiler, *flags, str(SOURCE), "-o", str(target)]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -148,7 +145,6 @@ def build(flags: tuple[str, ...] = FLAGS, cache: Path | None = None) -> Path:
                 raise BuildError(f"{compiler} failed: {error.stderr.strip()[:500]}") from error
             except subprocess.TimeoutExpired as error:
                 raise BuildError(f"{compiler} took more than {error.timeout:.0f} s") from error
-            target.replace(library)  # whole or not at all, whoever else builds it
     return library
 
 

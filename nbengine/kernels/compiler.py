@@ -18,12 +18,12 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
 from nbengine.errors import NbengineError
 from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_nvrtc
 from nbengine.kernels.report import (
@@ -113,7 +113,7 @@ def compile(
         ToolchainMissing: NVRTC or its headers are not installed.
     """
     options = (*OPTIONS, *options, f"-arch={architecture}")
-    path = cache_folder() / f"{_key(source, expression, options)}.cubin"
+    path = cubin_folder() / f"{_key(source, expression, options)}.cubin"
     found = _read(path)
     if found is None:
         found = _compile(source, expression, architecture, options)
@@ -166,14 +166,13 @@ def nvidia_headers() -> tuple[Path, ...]:
     return tuple(Path(folder) for folder in folders if folder)
 
 
-def cache_folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "nbengine" / "cubin"
+def cubin_folder() -> Path:
+    """The cache's."""
+    return cache_folder("cubin")
 
 
 def clear_cache() -> None:
-    for path in cache_folder().glob("*.cubin"):
-        path.unlink(missing_ok=True)
+    drop_oldest(cubin_folder(), "*.cubin", 0)
 
 
 _INSTALL = (
@@ -359,7 +358,7 @@ def _read(path: Path) -> Cubin | None:
             Diagnostic(**{**remark, "notes": tuple(remark["notes"])})
             for remark in fields.pop("warnings")
         )
-        os.utime(path)  # so that it is not the oldest
+        mark_used(path)
         return Cubin(
             **fields,
             code=payload[:size],
@@ -377,20 +376,8 @@ def _write(path: Path, cubin: Cubin) -> None:
     header = json.dumps({**fields, "code_bytes": len(code)}).encode()
     checksum = hashlib.sha256(header + code + ptx).hexdigest().encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            whole = Path(scratch) / path.name
+        with made_whole(path) as whole:
             whole.write_bytes(b"\n".join((checksum, header, code + ptx)))
-            whole.replace(path)  # whole or not at all, whoever else writes it
-        _keep_bounded(path.parent)
+        drop_oldest(path.parent, "*.cubin", CACHE_BYTES)
     except OSError as error:
         _log.warning("compiled kernels can't be kept in %s: %s", path.parent, error)
-
-
-def _keep_bounded(folder: Path) -> None:
-    entries = [(entry.stat(), entry) for entry in folder.glob("*.cubin")]
-    total = 0
-    for status, entry in sorted(entries, key=lambda pair: pair[0].st_mtime, reverse=True):
-        total += status.st_size
-        if total > CACHE_BYTES:
-            entry.unlink(missing_ok=True)

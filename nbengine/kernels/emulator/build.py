@@ -8,7 +8,6 @@ prelude and an entry that unpacks its arguments.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -18,15 +17,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
 from nbengine.errors import NbengineError
 from nbengine.kernels.diagnostics import CompileError, parse_gcc
 from nbengine.kernels.program import MAX_SHARED_BYTES
 from nbengine.kernels.source import INCLUDE_ROOT, Source
+
+CACHE_BYTES = 512 * 2**20
+"""Files that were not used for the longest are deleted when the cache is larger. A kernel takes some
+40 KiB, a precompiled prelude 32 MiB."""
 
 _HERE = Path(__file__).parent
 _INCLUDE = _HERE / "include"
@@ -91,10 +94,10 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
         include.append(f"-iquote{source.folder}")
     wrapped = _WRAPPED if checks and sys.platform != "darwin" else ()
 
-    def make(scratch: Path, target: Path) -> None:
-        unit, compiled = scratch / UNIT, str(scratch / "kernel.o")
+    def make(target: Path) -> None:
+        unit, compiled = target.with_name(UNIT), str(target.with_name("kernel.o"))
         unit.write_text(text)
-        storage = scratch / "storage.cpp"
+        storage = target.with_name("storage.cpp")
         storage.write_text(_storage(source))
         try:
             _run(
@@ -171,23 +174,17 @@ def runtime() -> Path:
     )
     return _made(
         f"runtime-{_key(*flags)}.so",
-        lambda _, target: _run(*flags, *sources, "-o", str(target)),
+        lambda target: _run(*flags, *sources, "-o", str(target)),
     )
 
 
 def _prelude(flags: tuple[str, ...]) -> Path:
     """A header beside which its precompiled form lies."""
-    header = _cache() / f"prelude-{_key(*flags)}" / "prelude.h"
+    name = f"prelude-{_key(*flags)}.h"
     include = [f"-I{path}" for path in (_INCLUDE, *_nvidia_headers())]
-
-    def make_precompiled(scratch: Path, target: Path) -> None:
-        _run(*flags, *include, "-x", "c++-header", str(header), "-o", str(target))
-
-    _made(
-        f"{header.parent.name}/{header.name}",
-        lambda _, target: target.write_text('#include "nb_emulator.h"\n'),
-    )
-    _made(f"{header.parent.name}/{header.name}.gch", make_precompiled)
+    header = _made(name, lambda target: target.write_text('#include "nb_emulator.h"\n'))
+    precompile = (*flags, *include, "-x", "c++-header", str(header), "-o")
+    _made(f"{name}.gch", lambda target: _run(*precompile, str(target)))
     return header
 
 
@@ -333,11 +330,6 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join((_made_from(), *parts)).encode()).hexdigest()[:20]
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nbengine" / "emulator"
-
-
 class _Refused(Exception):
     """What the compiler said."""
 
@@ -348,32 +340,14 @@ def _run(*arguments: str) -> None:
         raise _Refused(done.stderr)
 
 
-def _made(name: str, make: Callable[[Path, Path], object]) -> Path:
+def _made(name: str, make: Callable[[Path], object]) -> Path:
     """The file of this name in the cache, made there first if it is missing."""
-    target = _cache() / name
+    folder = cache_folder("emulator")
+    target = folder / name
     if target.exists():
-        with contextlib.suppress(OSError):
-            os.utime(target)  # those not used for longest go first
-            os.utime(target.parent)
+        mark_used(target)
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
-            made = Path(scratch) / target.name
-            make(Path(scratch), made)
-            made.replace(target)  # whole or not at all, whoever else makes it
-        _keep_bounded()
+        with made_whole(target) as path:
+            make(path)
+        drop_oldest(folder, "*.*", CACHE_BYTES)
     return target
-
-
-def _keep_bounded() -> None:
-    for pattern, num_kept in _KEPT.items():
-        found = sorted(_cache().glob(pattern), key=lambda path: path.stat().st_mtime)
-        for path in found[:-num_kept]:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-_KEPT = {"kernel-*.so": 4096, "runtime-*.so": 64, "prelude-*": 8}
-"""How many stay in the cache: a kernel takes some 20 KiB, a precompiled prelude 32 MiB."""
