@@ -32,28 +32,10 @@
 // gemv_float: the same without tensor cores, which would round float32. A warp takes kRows rows of
 // the weight, its lanes take turns at packs of K, and each of its results is added up by one lane.
 
+#include "nb/few_rows.cuh"
 #include "nb/mma.cuh"
-#include "nb/reduce.cuh"
-#include "nb/types.cuh"
 
-template <typename T>
-__device__ __forceinline__ void finish(T* out, const T* bias, const T* residual, nb::int64 at, int n,
-                                       float sum) {
-  if (bias != nullptr) sum += nb::to_float(bias[n]);
-  if (residual != nullptr) sum += nb::to_float(residual[at]);
-  out[at] = nb::from_float<T>(sum);
-}
-
-using Words = nb::Pack<nb::uint32>;  // 8 elements, as four registers of a fragment
-
-template <typename T>
-__device__ __forceinline__ Words load_words(const T* source) {
-  return nb::load_pack(reinterpret_cast<const nb::uint32*>(source));
-}
-template <typename T>
-__device__ __forceinline__ Words load_words_once(const T* source) {
-  return nb::load_pack_once(reinterpret_cast<const nb::uint32*>(source));
-}
+using nb::Words;
 
 // kTilesOfX * 8 >= num_rows.
 template <typename T, int kWarps, int kTiles, int kTilesOfX, int kBlocks>
@@ -125,13 +107,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) w[tile][i] = load_words_once(tile_rows + k + offsets[tile][i]);
+      for (int i = 0; i < 2; ++i) w[tile][i] = nb::load_words_once(tile_rows + k + offsets[tile][i]);
     }
 #pragma unroll
     for (int i = 0; i < kTilesOfX; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        values[i][half] = load_words(rows_of_x[i] + k + half * kHalf);
+        values[i][half] = nb::load_words(rows_of_x[i] + k + half * kHalf);
       }
     }
     multiply(w, values);
@@ -143,7 +125,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
       if (k + k_of_load[i] < size_in) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          w[tile][i] = load_words_once(tile_rows + k + offsets[tile][i]);
+          w[tile][i] = nb::load_words_once(tile_rows + k + offsets[tile][i]);
         }
       }
     }
@@ -152,7 +134,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
       if (k + half * kHalf + k_of_x < size_in) {
 #pragma unroll
         for (int i = 0; i < kTilesOfX; ++i) {
-          values[i][half] = load_words(rows_of_x[i] + k + half * kHalf);
+          values[i][half] = nb::load_words(rows_of_x[i] + k + half * kHalf);
         }
       }
     }
@@ -171,16 +153,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
     }
   }
   __syncthreads();
-#pragma unroll 1
-  for (int item = threadIdx.x; item < num_rows * kRows; item += kWarps * nb::kWarpSize) {
-    const int row = item / kRows, n = item % kRows;
-    if (first_row + n >= size_out) continue;
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) sum += partials[i][row][n];
-    finish(out, bias, residual, static_cast<nb::int64>(row) * size_out + first_row + n,
-           first_row + n, sum);
-  }
+  nb::finish_block<kRows>(out, bias, residual, partials, num_rows, first_row, size_out);
 }
 
 // kRowsOfX >= num_rows, and a lane for each of a warp's results: kRows * kRowsOfX <= 32.
@@ -231,5 +204,5 @@ __global__ void __launch_bounds__(kWarps * 32)
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < nb::kWarpSize; ++i) sum += partials[warp][lane][i];
-  finish(out, bias, residual, static_cast<nb::int64>(row) * size_out + n, n, sum);
+  nb::finish(out, bias, residual, static_cast<nb::int64>(row) * size_out + n, n, sum);
 }

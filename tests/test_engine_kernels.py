@@ -61,6 +61,16 @@ def test_greedy_tokens_are_those_of_torch(models, expected, family, kernels):
         assert run(engine) == expected[family]
 
 
+@pytest.mark.parametrize("kernels", [*KERNELS, pytest.param("torch", marks=needs_gpu)])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_weights_give_the_tokens_of_the_cpus_own_kernels(models, kernels, quantization):
+    path = models["served-llama"]
+    with make(path, "auto", device="cpu", quantization=quantization) as engine:
+        expected = run(engine)
+    with make(path, kernels, quantization=quantization) as engine:
+        assert run(engine) == expected
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 class TestWhateverTheScheduleDoes:
     FAMILY = "served-llama"

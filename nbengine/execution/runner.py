@@ -86,6 +86,7 @@ class ModelRunner:
                 quantization=settings.quantization,  # type: ignore[arg-type]  # checked by it
                 device=device,
                 max_positions=budget.max_model_len,
+                for_kernels=kernels is not None,
             )
             if kernels is not None:
                 decoder.kernel_layers = KernelLayers(decoder, kernels)

@@ -27,7 +27,7 @@ from nbengine.kernels.ops.paged_attention_decode import workspace_bytes
 from nbengine.kernels.shapes import MAX_VOCAB_SIZE
 from nbengine.kernels.table import Kernels
 from nbengine.models.config import ModelConfig
-from nbengine.models.linear import DenseLinear, Linear
+from nbengine.models.linear import DenseLinear, Linear, QuantizedLinear
 
 if TYPE_CHECKING:
     from nbengine.models.decoder import Decoder, Layer
@@ -40,9 +40,9 @@ GEMV_ROWS = 16
 """Rows up to which a matrix-vector kernel beats the library's matrix product."""
 
 
-def unserved(config: ModelConfig, dtype: torch.dtype) -> str | None:
+def unserved(config: ModelConfig, dtype: torch.dtype, quantization: str | None) -> str | None:
     """Why the kernels don't serve this model; None where they do."""
-    pack = 16 // dtype.itemsize
+    pack = 8 if quantization else 16 // dtype.itemsize
     group = config.num_heads // config.num_kv_heads
     if config.head_dim not in HEAD_DIMS:
         return f"head_dim is {config.head_dim}, not one of {HEAD_DIMS}"
@@ -70,10 +70,8 @@ def choose_kernels(
     wanted = settings.kernels
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return None
-    problem = unserved(config, dtype)
-    if settings.quantization is not None:
-        problem = f"quantization={settings.quantization!r} runs in the CPU's own kernels alone"
-    elif wanted == "cuda" and device.type != "cuda":
+    problem = unserved(config, dtype, settings.quantization)
+    if wanted == "cuda" and device.type != "cuda":
         problem = f"need a CUDA device, and the engine runs on {device}"
     elif wanted == "emulated" and device.type != "cpu":
         problem = f"run on a CPU: give device='cpu', not {str(device)!r}"
@@ -139,8 +137,17 @@ class KernelLayers:
 
     def product(self, weights: Linear, x: Tensor) -> Tensor:
         """x `[T, in]` times the matrix, plus its bias."""
-        assert isinstance(weights, DenseLinear)  # others are refused when the runner is made
-        if x.shape[0] > GEMV_ROWS:
+        few = x.shape[0] <= GEMV_ROWS
+        if isinstance(weights, QuantizedLinear):
+            if not few or x.dtype == torch.float32:  # which tensor cores would round
+                return weights.multiply(x, self.kernels.dequantize)
+            out = x.new_empty(x.shape[0], len(weights.codes))
+            self.kernels.quantized_gemv(
+                out=out, x=x, codes=weights.codes, scales=weights.scales, bias=weights.bias
+            )
+            return out
+        assert isinstance(weights, DenseLinear)  # the others are for the CPU's own kernels
+        if not few:
             return linear(x, weights.weight, weights.bias)
         out = x.new_empty(x.shape[0], weights.weight.shape[0])
         self.kernels.gemv(out=out, x=x, weight=weights.weight, bias=weights.bias)

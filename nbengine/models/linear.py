@@ -5,11 +5,14 @@ codes, scales and minima of a GGUF file as they are. Quantisation is of weights 
 shared between rows of x, so a row's result depends on that row and on nothing else in the batch.
 
 On a CPU the compiled kernels (`nbengine.cpu`) do the work. Without them torch's int4pack and
-int8pack operations do, with x rounded to bfloat16, the one dtype in which those are fast.
+int8pack operations do, with x rounded to bfloat16, the one dtype in which those are fast. On a GPU,
+and for the engine's kernels on any device (`for_kernels`), codes and scales lie as the ops
+`dequantize` and `quantized_gemv` read them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import CDLL, byref
 from typing import Protocol
 
@@ -19,12 +22,15 @@ from torch.nn.functional import linear, pad
 
 from nbengine.cpu import Matrix, kernels
 from nbengine.errors import InvalidField
-
-GROUP = 32
-"""Input features that share a scale and a minimum in 4 bits: those of GGUF's Q4_0 and Q4_1."""
+from nbengine.kernels.ops import dequantize
+from nbengine.kernels.ops.dequantize import GROUP  # that of GGUF's Q4_0 and Q4_1, too
 
 _MAX_KERNEL_ROWS = 16
 """Rows of a float32 x up to which the compiled kernel beats torch's, which is made for many."""
+
+SLICE_WEIGHTS = 1 << 23
+"""Quantised weights that are taken out of their codes at a time: 16 MiB in 16 bits, which a GPU's L2
+holds until the product has read them."""
 
 
 class Linear(Protocol):
@@ -50,13 +56,14 @@ def make_linear(
     bias: Tensor | None = None,
     quantization: str | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    for_kernels: bool = False,
 ) -> Linear:
     """From a weight `[out, in]` and a bias `[out]`.
 
     `quantization`: None keeps `dtype` (and the very tensor, if that is its dtype); "int8" rounds
     each row to 8 bits with one scale; "int4" rounds each row's groups of 32 to 4 bits with a scale
-    and a minimum. Raises `InvalidField` for any other, and for a quantised weight that is not on a
-    CPU.
+    and a minimum. Raises `InvalidField` for any other.
     """
     if quantization is None:
         return DenseLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -66,6 +73,9 @@ def make_linear(
     if quantization == "int8":
         scale = weight.abs().amax(dim=1).div_(127)  # [out]
         codes = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
+        if for_kernels or not weight.is_cpu:
+            codes = pad(codes.to(torch.int8), (0, -codes.shape[1] % GROUP)).contiguous()
+            return QuantizedLinear(codes, scale, bias, weight.shape[1], dtype)
         return Int8Linear(codes.to(torch.int8), scale, bias)
     groups = pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1)  # [out, groups]
@@ -73,11 +83,17 @@ def make_linear(
     minimum = low.half()
     step = scale.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     codes = ((groups - minimum.float()[..., None]) / step).round_().clamp_(0, 15)
-    return Int4Linear(codes.to(torch.uint8), scale, minimum, bias, weight.shape[1])
+    form = (codes.to(torch.uint8), scale, minimum, bias, weight.shape[1])
+    return _int4(*form, dtype, for_kernels)
 
 
 def make_linear_from_gguf(
-    blocks: Tensor, quant_type: str, bias: Tensor | None, dtype: torch.dtype
+    blocks: Tensor,
+    quant_type: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    for_kernels: bool = False,
 ) -> Linear:
     """From raw GGUF blocks: uint8 `[out, bytes per row]` of type "Q4_0" (a float16 scale and 32
     codes, weight = scale * (code - 8)) or "Q4_1" (with a float16 minimum, weight = scale * code +
@@ -88,7 +104,25 @@ def make_linear_from_gguf(
     packed = blocks[..., 2 * num_scales :]
     codes = torch.cat((packed & 15, packed >> 4), dim=-1)
     minimum = scales[..., 1] if quant_type == "Q4_1" else scales[..., 0] * -8
-    return Int4Linear(codes, scales[..., 0], minimum, bias, codes.shape[1] * GROUP)
+    form = (codes, scales[..., 0], minimum, bias, codes.shape[1] * GROUP)
+    return _int4(*form, dtype, for_kernels)
+
+
+def _int4(
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    for_kernels: bool,
+) -> Linear:
+    """From codes 0..15, uint8 `[out, groups, 32]`, and float16 scales and minima `[out, groups]`."""
+    if codes.is_cpu and not for_kernels:
+        return Int4Linear(codes, scale, minimum, bias, in_features)
+    pairs = codes.flatten(1).unflatten(1, (-1, 2))
+    scales = torch.stack((scale, minimum), dim=-1).half()
+    return QuantizedLinear(pairs[..., 0] | (pairs[..., 1] << 4), scales, bias, in_features, dtype)
 
 
 class DenseLinear:
@@ -119,7 +153,6 @@ class Int8Linear:
     """weight = scale * code, with one float32 scale for each row of codes int8 `[out, in]`."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        _must_be_on_cpu(codes, "int8")
         self.out_features, self.in_features = codes.shape
         self.bias = None if bias is None else bias.float()
         self.matrix: Matrix | None = None
@@ -157,7 +190,6 @@ class Int4Linear:
     def __init__(
         self, codes: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None, in_features: int
     ) -> None:
-        _must_be_on_cpu(codes, "int4")
         self.out_features, self.in_features = codes.shape[0], in_features
         self.bias = None if bias is None else bias.float()
         self.matrix: Matrix | None = None
@@ -195,6 +227,49 @@ class Int4Linear:
         return False
 
 
+class QuantizedLinear:
+    """Codes and scales as the op `dequantize` reads them, on any device; the bias in the dtype of
+    activations."""
+
+    matrix: Matrix | None = None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.codes, self.scales, self.in_features = codes, scales, in_features
+        self.bias = None if bias is None else bias.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.multiply(x, dequantize.reference)
+
+    def multiply(self, x: Tensor, dequantize: Callable[..., None]) -> Tensor:
+        """The product, with a slice of the weights at a time taken out of their codes by
+        `dequantize(out=, codes=, scales=)` into the dtype of x."""
+        out = x.new_empty(x.shape[0], len(self.codes))
+        rows = min(len(self.codes), max(1, SLICE_WEIGHTS // self.in_features))
+        weights = x.new_empty(rows, self.in_features)
+        for start in range(0, len(self.codes), rows):
+            part = slice(start, start + rows)
+            codes = self.codes[part]
+            weight = weights[: len(codes)]
+            dequantize(out=weight, codes=codes, scales=self.scales[part])
+            bias = None if self.bias is None else self.bias[part]
+            out[:, part] = linear(x, weight, bias)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.codes, self.scales, self.bias)
+
+    def shares(self, tensor: Tensor) -> bool:
+        return False
+
+
 def _matrix(
     kind: int,
     codes: Tensor,
@@ -219,13 +294,6 @@ def _multiply(native: CDLL, matrix: Matrix, x: Tensor) -> Tensor:
 
 def _nbytes(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def _must_be_on_cpu(codes: Tensor, quantization: str) -> None:
-    if not codes.is_cpu:
-        raise InvalidField(
-            "quantization", quantization, f"runs on a CPU, not on {codes.device}: leave it out"
-        )
 
 
 # The layouts of cpu/kernels.cpp. Rows are interleaved in tiles of as many as a vector has 32-bit

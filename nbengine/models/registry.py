@@ -109,11 +109,13 @@ def load_model(
     quantization: Quantization | None = None,
     device: str | torch.device = "cpu",
     max_model_len: int | None = None,
+    for_kernels: bool = False,
 ) -> Decoder:
     """Load a model by name or path.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`, and `InvalidField` for a dtype or
     quantization that is unknown. `max_model_len` bounds the positions (default: the model's own).
+    `for_kernels` as for `build_decoder`.
     """
     checkpoint = open_checkpoint(resolve_model(path))
     device = resolve_device(device)
@@ -123,6 +125,7 @@ def load_model(
         quantization=quantization,
         device=device,
         max_positions=max_model_len,
+        for_kernels=for_kernels,
     )
 
 

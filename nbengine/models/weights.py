@@ -90,10 +90,12 @@ def build_decoder(
     quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
     max_positions: int | None = None,
+    for_kernels: bool = False,
 ) -> Decoder:
     """Load the weights. `dtype` is that of activations, of the embedding and, without
     `quantization`, of the matrices. The rope table reaches to `max_positions` (by default the
-    config's maximum). Raises `WeightsError` if tensors are missing, superfluous or misshapen."""
+    config's maximum). `for_kernels`: the engine's kernels will run the layers, on a GPU or emulated.
+    Raises `WeightsError` if tensors are missing, superfluous or misshapen."""
     config = checkpoint.config
     _check_shapes(config, checkpoint.shapes)
 
@@ -101,7 +103,7 @@ def build_decoder(
         return checkpoint.tensor(name).float().to(device)
 
     def linear(*names: str, quantization: str | None = quantization) -> Linear:
-        return _merged_linear(checkpoint, names, dtype, quantization, device)
+        return _merged_linear(checkpoint, names, dtype, quantization, device, for_kernels)
 
     def norm(name: str) -> RmsNorm:
         return RmsNorm(vector(name), config.rms_norm_eps)
@@ -153,6 +155,7 @@ def _merged_linear(
     dtype: torch.dtype,
     quantization: str | None,
     device: torch.device | str,
+    for_kernels: bool,
 ) -> Linear:
     """One linear of several that share their input: their rows one after another."""
     bias = None
@@ -165,7 +168,8 @@ def _merged_linear(
         kinds = {block[0] if block is not None else None for block in raw}
         if len(kinds) == 1 and (kind := kinds.pop()) is not None:
             rows = torch.cat([block[1] for block in raw if block is not None])
-            return make_linear_from_gguf(rows.to(device), kind, bias, dtype)
+            rows = rows.to(device)
+            return make_linear_from_gguf(rows, kind, bias, dtype, for_kernels=for_kernels)
 
     shapes = [checkpoint.shapes[name] for name in weights]
     # Quantisation rounds once, from float32; a dense matrix is filled in its own dtype.
@@ -177,7 +181,7 @@ def _merged_linear(
     parts = merged.split([shape[0] for shape in shapes])
     for part, name in zip(parts, weights, strict=True):
         part.copy_(checkpoint.tensor(name))
-    return make_linear(merged, bias, quantization, dtype)
+    return make_linear(merged, bias, quantization, dtype, for_kernels=for_kernels)
 
 
 def _check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,5 +1,5 @@
-"""The ops that move rows once (norm, rope, KV write, activation, gemv, block copies): each agrees
-with its reference on its grid."""
+"""The ops that move rows once (norm, rope, KV write, activation, gemv, weights out of their codes,
+block copies): each agrees with its reference on its grid."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ from nbengine.kernels import lab
 from nbengine.kernels.op import Case, Op
 from nbengine.kernels.ops import (
     copy_blocks,
+    dequantize,
     gated_mlp,
     gemv,
     kv_cache_write,
+    quantized_gemv,
     rms_norm,
     rope,
     swap_blocks,
 )
 from nbengine.kernels.program import Program
 
-ROW_OPS = (copy_blocks, gated_mlp, gemv, kv_cache_write, rms_norm, rope, swap_blocks)
+ROW_OPS = (
+    copy_blocks,
+    dequantize,
+    gated_mlp,
+    gemv,
+    kv_cache_write,
+    quantized_gemv,
+    rms_norm,
+    rope,
+    swap_blocks,
+)
 
 
 @pytest.mark.parametrize(

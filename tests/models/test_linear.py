@@ -14,7 +14,8 @@ from torch import Tensor
 
 import nbengine.cpu
 from nbengine.errors import InvalidField
-from nbengine.models.linear import make_linear, make_linear_from_gguf
+from nbengine.models import linear
+from nbengine.models.linear import QuantizedLinear, make_linear, make_linear_from_gguf
 
 SHAPES = [(48, 64), (50, 96), (1, 32), (33, 40), (7, 5), (576, 576), (130, 1536)]  # (out, in)
 ROWS = [1, 2, 3, 7, 8, 9, 16, 17, 40]
@@ -179,6 +180,51 @@ def test_bytes_held_are_about_those_of_the_codes(backend: str) -> None:
     weights = 576 * 1536
     assert make_linear(normal(576, 1536), None, "int8").nbytes < 1.01 * weights
     assert make_linear(normal(576, 1536), None, "int4").nbytes < 0.63 * weights
+
+
+class TestForKernels:
+    """Codes and scales as the ops read them, on a CPU too: the same weights."""
+
+    @pytest.mark.parametrize("quantization", ["int8", "int4"])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_they_stand_for_the_weights_of_the_other_layouts(
+        self, shape: tuple[int, int], quantization: str
+    ) -> None:
+        weight, bias, eye = normal(*shape), normal(shape[0], seed=1), torch.eye(shape[1])
+        mine = make_linear(weight, bias, quantization, for_kernels=True)
+        assert isinstance(mine, QuantizedLinear)
+        held = make_linear(weight, bias, quantization)(eye)
+        tolerance = 0.05 if nbengine.cpu.kernels() is None else 1e-5
+        torch.testing.assert_close(mine(eye), held, rtol=0, atol=tolerance)
+        x = normal(40, shape[1], seed=2)
+        torch.testing.assert_close(mine(x), x @ (mine(eye) - bias) + bias, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("quant_type", ["Q4_0", "Q4_1"])
+    def test_gguf_blocks_are_kept_as_they_are(self, quant_type: str) -> None:
+        kind = gguf.GGMLQuantizationType[quant_type]
+        blocks = gguf.quants.quantize(normal(80, 192).numpy(), kind)
+        weight = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
+        raw = torch.from_numpy(blocks)
+        held = make_linear_from_gguf(raw, quant_type, None, torch.float32, for_kernels=True)
+        torch.testing.assert_close(held(torch.eye(192)).T, weight, rtol=0, atol=1e-6)
+        assert held.nbytes == 80 * 192 * (1 / 2 + 4 / 32)
+
+    @pytest.mark.parametrize("quantization", ["int8", "int4"])
+    def test_weights_come_out_of_their_codes_a_slice_at_a_time(
+        self, quantization: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held = make_linear(normal(50, 96), normal(50), quantization, for_kernels=True)
+        x = normal(7, 96, seed=2)
+        whole = held(x)
+        sizes: list[int] = []
+
+        def counted(*, out: Tensor, **given: Tensor) -> None:
+            sizes.append(len(out))
+            linear.dequantize.reference(out=out, **given)
+
+        monkeypatch.setattr(linear, "SLICE_WEIGHTS", 2000)
+        torch.testing.assert_close(held.multiply(x, counted), whole)
+        assert sizes == [20, 20, 10]
 
 
 def test_an_unknown_quantization_is_refused() -> None:

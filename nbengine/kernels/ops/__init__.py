@@ -3,6 +3,7 @@
 from nbengine.kernels.op import Op
 from nbengine.kernels.ops import (
     copy_blocks,
+    dequantize,
     gated_mlp,
     gemv,
     greedy,
@@ -11,6 +12,7 @@ from nbengine.kernels.ops import (
     paged_attention_decode,
     paged_attention_prefill,
     penalties,
+    quantized_gemv,
     restore_logits,
     rms_norm,
     rope,
@@ -22,6 +24,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         copy_blocks.OP,
+        dequantize.OP,
         gated_mlp.OP,
         gemv.OP,
         greedy.OP,
@@ -30,6 +33,7 @@ OPS: dict[str, Op] = {
         paged_attention_decode.OP,
         paged_attention_prefill.OP,
         penalties.OP,
+        quantized_gemv.OP,
         restore_logits.OP,
         rms_norm.OP,
         rope.OP,

@@ -48,15 +48,15 @@ def launch(
     if size_in % pack:
         raise ValueError(f"K={size_in} of {x.dtype} must be a multiple of {pack}")
     arguments = (out, x, weight, bias, residual, num_rows, size_out, size_in, x.stride(0))
-    multiprocessors = _multiprocessors(program.device)
+    count = multiprocessors(program.device)
     if x.dtype == torch.float32:
         rows_of_x = 1 << (num_rows - 1).bit_length()
-        wanted = 8 if size_out >= 128 * multiprocessors else 2  # 16 warps to a multiprocessor
+        wanted = 8 if size_out >= 128 * count else 2  # 16 warps to a multiprocessor
         rows = min(wanted, 32 // rows_of_x)
         kernel = program.kernel("gemv_float", x.dtype, 4, rows, rows_of_x)
         kernel[-(-size_out // (4 * rows)), 128](*arguments)
         return
-    warps, tiles, blocks = shape(num_rows, size_out, multiprocessors)
+    warps, tiles, blocks = shape(num_rows, size_out, count)
     kernel = program.kernel("gemv", x.dtype, warps, tiles, 1 if num_rows <= 8 else 2, blocks)
     kernel[-(-size_out // (8 * tiles)), warps * 32](*arguments)
 
@@ -87,7 +87,7 @@ def shape(num_rows: int, size_out: int, multiprocessors: int) -> tuple[int, int,
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """The emulated device is so small that small matrices reach every shape."""
     if device.type == "cpu":
         return 2
