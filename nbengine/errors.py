@@ -80,6 +80,11 @@ class EngineClosed(NbengineError, RuntimeError):
     """The engine was closed, and its memory given back; or it lives in another process."""
 
 
+class DeviceLost(EngineClosed):
+    """The GPU's context was destroyed by a kernel's error: no engine or tensor of this process can
+    use that GPU again. The error itself is the cause of this one."""
+
+
 class EngineBusy(NbengineError, RuntimeError):
     """The engine was called from inside one of its own steps (by a policy), or asked on its own
     thread to wait for steps that only this thread can take."""

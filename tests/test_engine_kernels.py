@@ -168,6 +168,49 @@ class TestSwap:
         engine.run()
         assert not calls
 
+    def test_what_it_left_in_the_workspace_harms_nobody(self, models, kernels, monkeypatch):
+        """The lengths are such that several blocks share a sequence, and count themselves there."""
+        empty_like = torch.empty_like
+
+        def poisoned(x: torch.Tensor, **options: Any) -> torch.Tensor:
+            made = empty_like(x, **options)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, "empty_like", poisoned)
+
+        def careless(**arguments: Any) -> None:
+            OPS["paged_attention_decode"].reference(**arguments)
+            arguments["workspace"].fill_(7)
+
+        prompts = [random_tokens(n, seed=n) for n in (230, 180, 205)]
+        found = []
+        for each in ("torch", kernels):
+            device = "cuda" if kernels == "cuda" else "cpu"
+            with make(models[self.FAMILY], each, max_model_len=256, device=device) as engine:
+                names = [engine.add_request(prompt, GREEDY) for prompt in prompts]
+                engine.step(4)
+                if each != "torch":
+                    engine.kernels.swap("paged_attention_decode", careless)
+                    engine.step(2)
+                    engine.kernels.restore("paged_attention_decode")
+                engine.run()
+                found.append([engine.output(name).outputs[0].token_ids for name in names])
+        assert found[0] == found[1]
+
+    def test_before_any_request_it_is_verified_on_the_models_own_shapes(self, models, kernels):
+        with make(models[self.FAMILY], kernels) as idle:
+            before = idle.kv_cache.data.clone()
+            shape = (1, idle.model.config.intermediate_size)
+
+            def wrong(**arguments: Any) -> None:
+                OPS["gated_mlp"].reference(**arguments)
+                if arguments["out"].shape == shape:
+                    arguments["out"] += 1
+
+            with pytest.raises(Mismatch, match="live call"):
+                idle.kernels.swap("gated_mlp", wrong)
+            assert torch.equal(before.nan_to_num(), idle.kv_cache.data.nan_to_num())
+
     def test_the_engine_goes_on_while_the_grid_is_verified(self, engine, expected):
         def patient(**arguments: Any) -> None:
             deadline = time.monotonic() + 60
@@ -221,6 +264,32 @@ class TestOnTheGpu:
             with make(models[family], "cuda", dtype=dtype, enforce_eager=enforce_eager) as engine:
                 found.append(run(engine))
         assert found[0] == found[1]
+
+    def test_more_rows_than_matrix_vector_kernels_take_are_captured_too(self, models, monkeypatch):
+        replays = []
+        replay = torch.cuda.CUDAGraph.replay
+
+        def counted(graph: torch.cuda.CUDAGraph) -> None:
+            replays.append(graph)
+            replay(graph)
+
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+        prompts = [random_tokens(4 + n % 20, seed=n) for n in range(40)]
+        settings = {"dtype": "bfloat16", "num_gpu_blocks_override": 256, "max_num_seqs": 48}
+        found = []
+        for enforce_eager in (True, False):
+            with make(models["served-llama"], "cuda", enforce_eager=enforce_eager, **settings) as e:
+                found.append(run(e, prompts))
+                assert bool(replays) is not enforce_eager
+        assert found[0] == found[1]
+
+    def test_python_in_an_ops_place_runs_without_graphs(self, models):
+        with make(models["served-llama"], "cuda", dtype="bfloat16") as engine:
+            expected = run(engine)
+            engine.kernels.swap("paged_attention_decode", "reference")  # reads lengths back
+            assert run(engine) == expected
+            engine.kernels.restore("paged_attention_decode")
+            assert run(engine) == expected
 
     def test_a_steady_decode_step_allocates_no_device_memory(self, models):
         with make(models["served-llama"], "cuda", dtype="bfloat16") as engine:

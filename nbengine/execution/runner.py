@@ -9,6 +9,7 @@ the step back.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from nbengine.config import EngineConfig
 from nbengine.core.plan import StepOutput, StepPlan
-from nbengine.core.request import Sequence
+from nbengine.core.request import Request, Sequence
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.errors import NbengineError, NotEnoughMemory, SamplingError
 from nbengine.execution.batch import Batch, BatchBuffer
@@ -76,6 +77,8 @@ class ModelRunner:
         config = checkpoint.config
         on_cpu = settings.kernels == "emulated" and settings.device == "auto"
         device = resolve_device("cpu" if on_cpu else settings.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread, which will take the steps
         dtype = resolve_dtype(settings.dtype, config, settings.quantization, device)
         kernels = choose_kernels(settings, config, dtype, device)
         budget = plan_memory(config, settings, dtype=dtype, device=device)
@@ -91,7 +94,10 @@ class ModelRunner:
             if kernels is not None:
                 decoder.kernel_layers = KernelLayers(decoder, kernels)
             if device.type == "cuda":
-                activations = measure_activations(decoder, settings, budget.max_model_len)
+                uses_graphs = kernels is not None and not settings.enforce_eager
+                activations = measure_activations(
+                    decoder, settings, budget.max_model_len, uses_graphs
+                )
                 measured = Measured(
                     budget.available, decoder.nbytes, activations, decoder.max_positions
                 )
@@ -106,6 +112,15 @@ class ModelRunner:
                 device,
                 num_host_blocks=budget.num_host_blocks,
             )
+            kv_cache.kernels = kernels
+            buffer = graphs = None
+            if device.type == "cuda":
+                buffer = BatchBuffer.for_settings(settings, budget.max_model_len, device)
+                if uses_graphs:
+                    graphs = DecodeGraphs.for_settings(
+                        decoder, kv_cache, settings, budget.max_model_len
+                    )
+                    graphs.reserve(buffer)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, NbengineError) or not _is_out_of_memory(error):
                 raise
@@ -114,16 +129,6 @@ class ModelRunner:
                 f"program has taken it meanwhile. Lower gpu_memory_utilization or close the other "
                 f"program. The budget was:\n{budget}"
             ) from error
-        kv_cache.kernels = kernels
-        max_blocks = -(-budget.max_model_len // settings.block_size)
-        rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
-        buffer = graphs = None
-        if device.type == "cuda":
-            buffer = BatchBuffer.for_batches(
-                settings.max_num_batched_tokens, rows, max_blocks, device
-            )
-            if kernels is not None and not settings.enforce_eager:
-                graphs = DecodeGraphs(decoder, kv_cache, rows, max_blocks)
         sampler = Sampler(config.vocab_size, device, kernels)
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
         return cls(decoder, kv_cache, sampler, buffer=buffer, graphs=graphs), budget
@@ -142,7 +147,8 @@ class ModelRunner:
         wanted = _Wanted.of(plan)
         batch, padded_to = None, None
         if plan.scheduled:
-            if self._graphs is not None and wanted.num_last == len(wanted.rows) == plan.num_tokens:
+            is_decode = wanted.num_last == len(wanted.rows) == plan.num_tokens
+            if is_decode and self._graphs is not None and self._graphs.is_usable:
                 most = max(len(seq.block_table) for seq, _ in plan.scheduled)
                 padded_to = self._graphs.graph_size(len(plan.scheduled), most)
             batch = Batch.from_plan(
@@ -157,19 +163,23 @@ class ModelRunner:
 
     def live_calls(self, op: str, sequences: Iterable[Sequence]) -> list[Arguments]:
         """Arguments of calls of an op on what the engine holds now: the last computed token of each
-        sequence (the last 64, for prefill attention) is computed again over its own KV blocks, and
-        the cache is left as it was. Empty where such a step does not call the op."""
+        sequence (the last 64 of some, for prefill attention) is computed again over its own KV
+        blocks; where nothing runs, one token in the first block. The cache is left as it was. Empty
+        where such a step does not call the op."""
         assert self.kernels is not None
-        length = 64 if op == "paged_attention_prefill" else 1
+        length, most = (64, 4) if op == "paged_attention_prefill" else (1, None)
         plan = StepPlan()
-        for seq in sequences:
+        for seq in itertools.islice(sequences, most):
             n = min(length, seq.num_computed_tokens)
             if n:
                 again = copy.copy(seq)
                 again.num_computed_tokens -= n
                 plan.scheduled.append((again, n))
         if not plan.scheduled:
-            return []
+            params = SamplingParams(temperature=0, max_tokens=1)
+            probe = Sequence("probe", Request("probe", (0,), params), 0, [0])
+            probe.block_table = [0]
+            plan.scheduled.append((probe, 1))
         lasts = list(itertools.accumulate(n for _, n in plan.scheduled))
         batch = Batch.from_plan(
             plan,
@@ -177,9 +187,9 @@ class ModelRunner:
             logits_rows=[end - 1 for end in lasts],
             device=self.decoder.device,
         )
-        recording = self.kernels.record(op, num_calls=2)
         written = self.kv_cache.slots(batch.slot_mapping)
         kept = self.kv_cache.data[written]
+        recording = self.kernels.record(op, num_calls=2)
         try:
             with torch.inference_mode():
                 hidden = self.decoder.forward(batch, self.kv_cache)
@@ -218,6 +228,17 @@ class ModelRunner:
                 self._compute(prepared, prepared.batch, output)
         return output
 
+    @property
+    def has_lost_device(self) -> bool:
+        """Whether the GPU's context is gone: after a kernel's error every call fails."""
+        device = self.decoder.device
+        if device.type == "cuda":
+            try:
+                torch.cuda.current_stream(device).synchronize()
+            except RuntimeError:
+                return True
+        return False
+
     def close(self) -> None:
         """Give the memory of weights, cache and graphs back; the runner is of no use after this."""
         is_cuda = self.decoder.device.type == "cuda"
@@ -225,8 +246,10 @@ class ModelRunner:
         del self.decoder, self.kv_cache, self.sampler
         if is_cuda:
             gc.collect()  # graphs, layers and decoder refer to each other
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # of a device that is lost
+                torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.empty_cache()
+                torch._C._host_emptyCache()  # pinned host memory
 
     def _compute(self, prepared: Prepared, batch: Batch, output: StepOutput) -> None:
         wanted = prepared.wanted

@@ -52,6 +52,8 @@ class Implementation:
     call: Callable[..., None] = field(repr=False)
     is_own: bool = False
     """It is what the op comes with, and not what somebody put in its place."""
+    is_capturable: bool = False
+    """A call on a GPU is known to be launches alone, which a CUDA graph can hold."""
 
     def __str__(self) -> str:
         return f"{self.origin} ({self.language})"
@@ -91,9 +93,8 @@ def implement(
         if backend == "reference":
             return Implementation(op, "torch", "reference", op.reference, is_own=True)
         own = _program(Source.of_op(op.source), device, backend, checks)
-        return Implementation(
-            op, _language(backend), f"cuda/{op.source}", _launching(op, own), is_own=True
-        )
+        origin, is_cuda = f"cuda/{op.source}", backend == "cuda"
+        return Implementation(op, _language(backend), origin, _launching(op, own), True, is_cuda)
     if isinstance(what, str):
         return _named(op, what)
     if isinstance(what, Source):
@@ -101,8 +102,9 @@ def implement(
         what = _program(what, device, on, checks)
     if not isinstance(what, Program):
         return Implementation(op, "Python", _title(what), what)
-    language = _language("cuda" if what.device.type == "cuda" else "emulated")
-    return Implementation(op, language, _shown(what.source.name), _launching(op, what))
+    is_cuda = what.device.type == "cuda"
+    language, origin = _language("cuda" if is_cuda else "emulated"), _shown(what.source.name)
+    return Implementation(op, language, origin, _launching(op, what), is_capturable=is_cuda)
 
 
 def with_text_read(
@@ -134,7 +136,7 @@ def _named(op: Op, name: str) -> Implementation:
             f"{op.name} as {name!r} needs a package that is not installed ({error}): "
             f"pip install 'nbengine[{name}]'"
         ) from error
-    return Implementation(op, "Python", f"{name}: {module}", call)
+    return Implementation(op, "Python", f"{name}: {module}", call, is_capturable=True)
 
 
 def _program(source: Source, device: torch.device, backend: Backend, checks: bool) -> Program:

@@ -77,6 +77,12 @@ class Kernels:
             getattr(self, name)
         return self._implementations[name]
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph can hold the calls of all ops: a Python function that took an op's
+        place may wait for the device, which ends a capture."""
+        return all(each.is_capturable for each in self._implementations.values())
+
     def check(self, op: str | Op, what: Implementable) -> Verified:
         """The first half of a swap: verify `what` on the op's grid. It changes nothing, and may be
         called on any thread. Raises `Mismatch`, `CompileError`."""

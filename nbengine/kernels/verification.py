@@ -133,8 +133,9 @@ def _verify_call(implementation: Implementation, arguments: Arguments, name: str
     found = cloned(arguments)
     wanted = cloned(arguments, lambda name, tensor: name in op.outputs)
     implementation.call(**found)
-    if any(isinstance(x, Tensor) and x.is_cuda for x in found.values()):
-        torch.cuda.synchronize()  # pinned outputs are read next; and an error is this call's own
+    device = next((x.device for x in found.values() if isinstance(x, Tensor) and x.is_cuda), None)
+    if device is not None:  # pinned outputs are read next; and an error is this call's own
+        torch.cuda.current_stream(device).synchronize()
     op.reference(**wanted)
     tolerance = op.tolerance(arguments)
     written = {id(arguments.get(key)) for key in op.outputs}

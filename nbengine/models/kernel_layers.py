@@ -104,10 +104,14 @@ class KernelLayers:
             decoder.device, config.num_heads, config.num_kv_heads, config.head_dim
         )
         self._workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=decoder.device)
+        self._version = kernels.version
 
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """The last layer's output `[T, hidden]`, and the batch's keys and values in the cache."""
         decoder, kernels = self.decoder, self.kernels
+        if self._version != kernels.version:  # another implementation may have left anything there
+            self._workspace.zero_()
+            self._version = kernels.version
         x = embedding(batch.token_ids, decoder.embedding)  # the residual stream
         normed = torch.empty_like(x)
         norm = decoder.layers[0].input_norm
@@ -129,11 +133,11 @@ class KernelLayers:
         return x
 
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
-        """float32 `[R, vocab]` of rows `[R, hidden]` of the layers' output."""
+        """`[R, vocab]` of rows `[R, hidden]` of the layers' output."""
         norm = self.decoder.norm
         normed = torch.empty_like(hidden_rows)
         self.kernels.rms_norm(out=normed, x=hidden_rows, weight=norm.weight, eps=norm.eps)
-        return self.product(self.decoder.head, normed).float()
+        return self.product(self.decoder.head, normed)
 
     def product(self, weights: Linear, x: Tensor) -> Tensor:
         """x `[T, in]` times the matrix, plus its bias."""
