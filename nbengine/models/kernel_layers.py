@@ -23,6 +23,8 @@ from nbengine.errors import InvalidField
 from nbengine.execution.batch import Batch
 from nbengine.execution.kv_cache import KVCache
 from nbengine.kernels.compiler import ToolchainMissing, nvidia_headers, nvrtc_version
+from nbengine.kernels.ops import gemv
+from nbengine.kernels.ops.paged_attention import HEAD_DIMS, MAX_GROUP
 from nbengine.kernels.ops.paged_attention_decode import workspace_bytes
 from nbengine.kernels.shapes import MAX_VOCAB_SIZE
 from nbengine.kernels.table import Kernels
@@ -33,11 +35,6 @@ if TYPE_CHECKING:
     from nbengine.models.decoder import Decoder, Layer
 
 _log = logging.getLogger("nbengine")
-
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_GROUP = 16
-GEMV_ROWS = 16
-"""Rows up to which a matrix-vector kernel beats the library's matrix product."""
 
 
 def unserved(config: ModelConfig, dtype: torch.dtype, quantization: str | None) -> str | None:
@@ -141,7 +138,7 @@ class KernelLayers:
 
     def product(self, weights: Linear, x: Tensor) -> Tensor:
         """x `[T, in]` times the matrix, plus its bias."""
-        few = x.shape[0] <= GEMV_ROWS
+        few = x.shape[0] <= gemv.MAX_ROWS  # up to which it beats the library's product
         if isinstance(weights, QuantizedLinear):
             if not few or x.dtype == torch.float32:  # which tensor cores would round
                 return weights.multiply(x, self.kernels.dequantize)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from nbengine.kernels.cases import normal, poison, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
+from nbengine.kernels.ops.paged_attention import HEAD_DIMS, MAX_GROUP, compact
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_rows, check_shape
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_GROUP = 16
 _MAX_BLOCKS_PER_MULTIPROCESSOR = 4
 
 
@@ -301,17 +300,6 @@ def cost(arguments: Arguments) -> Cost:
     queries = len(seq_lens) * q.shape[1] * head_dim
     keys = seen * num_kv_heads * head_dim
     return Cost((2 * keys + 2 * queries) * q.element_size(), 4 * seen * q.shape[1] * head_dim)
-
-
-def compact(arguments: Arguments) -> Arguments:
-    tables, block_size = arguments["block_tables"], arguments["k_cache"].shape[2]
-    num_blocks = -(-arguments["seq_lens"] // block_size)
-    used = torch.arange(tables.shape[1], device=tables.device) < num_blocks[:, None]
-    blocks, renamed = tables[used].unique(return_inverse=True)
-    new_tables = torch.zeros_like(tables)
-    new_tables[used] = renamed
-    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
-    return {**arguments, **caches, "block_tables": new_tables}
 
 
 OP = Op(

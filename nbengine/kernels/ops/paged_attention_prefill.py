@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
+from nbengine.kernels.ops.paged_attention import HEAD_DIMS, compact
 from nbengine.kernels.program import Program
 from nbengine.kernels.report import Limits
 from nbengine.kernels.shapes import check_dense, check_rows, check_shape
@@ -114,9 +115,6 @@ def launch(
         window or 0,
         softcap or 0.0,
     )
-
-
-HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,18 +324,6 @@ def cost(arguments: Arguments) -> Cost:
         pairs += early * past + early * (early + 1) // 2 + (new - early) * reach
     elements = 2 * rows * query_heads * head_dim + 2 * positions * k_cache.shape[1] * head_dim
     return Cost(elements * out.element_size(), 4 * query_heads * head_dim * pairs)
-
-
-def compact(arguments: Arguments) -> Arguments:
-    """The blocks that the sequences have."""
-    tables, block_size = arguments["block_tables"], arguments["k_cache"].shape[2]
-    num_blocks = -(-arguments["seq_lens"] // block_size)
-    used = torch.arange(tables.shape[1], device=tables.device) < num_blocks[:, None]
-    blocks, renamed = tables[used].unique(return_inverse=True)
-    new_tables = torch.zeros_like(tables)
-    new_tables[used] = renamed
-    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
-    return {**arguments, **caches, "block_tables": new_tables}
 
 
 OP = Op(

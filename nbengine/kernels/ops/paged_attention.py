@@ -1,0 +1,23 @@
+"""What the two attentions over paged blocks have in common."""
+
+from __future__ import annotations
+
+import torch
+
+from nbengine.kernels.op import Arguments
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_GROUP = 16
+"""Query heads that may share a KV head."""
+
+
+def compact(arguments: Arguments) -> Arguments:
+    """The same call with the blocks alone that its sequences have, renamed."""
+    tables, block_size = arguments["block_tables"], arguments["k_cache"].shape[2]
+    num_blocks = -(-arguments["seq_lens"] // block_size)
+    used = torch.arange(tables.shape[1], device=tables.device) < num_blocks[:, None]
+    blocks, renamed = tables[used].unique(return_inverse=True)
+    new_tables = torch.zeros_like(tables)
+    new_tables[used] = renamed
+    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
+    return {**arguments, **caches, "block_tables": new_tables}
