@@ -316,6 +316,34 @@ class TestOnTheGpu:
             assert run(engine) == expected["served-llama"]
 
     @needs_gpu_alone
+    def test_two_engines_have_a_share_each_and_run_at_once(self, models, expected):
+        share = {"num_gpu_blocks_override": None, "block_size": 256, "gpu_memory_utilization": 0.3}
+        with (
+            make(models["served-llama"], "cuda", **share) as one,
+            make(models["served-qwen3"], "cuda", **share) as other,
+        ):
+            names = [
+                [engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
+                for engine in (one, other)
+            ]
+            for engine in (one, other):
+                engine.start()
+            deadline = time.monotonic() + 120
+            while (one.has_work or other.has_work) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for engine, family, of_engine in zip(
+                (one, other), ("served-llama", "served-qwen3"), names, strict=True
+            ):
+                found = [engine.output(name).outputs for name in of_engine]
+                assert [[o.token_ids for o in each] for each in found] == expected[family]
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+    def test_on_the_second_gpu(self, models, expected):
+        with make(models["served-llama"], "cuda", device="cuda:1") as engine:
+            assert run(engine) == expected["served-llama"]
+            assert engine.kv_cache.data.device == torch.device("cuda", 1)
+
+    @needs_gpu_alone
     def test_memory_stays_within_its_utilization(self, models):
         total = torch.cuda.mem_get_info()[1]
         large = {"num_gpu_blocks_override": None, "block_size": 256}
