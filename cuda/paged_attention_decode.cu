@@ -11,7 +11,8 @@
 // block_tables [S, table_stride], seq_lens [S]; a sequence of length 0 is left alone
 // workspace    counters (zero before and after each launch), then the workers' partial results
 //
-// The bytes to move are K and V once, for all query heads of a group together. What limits the speed
+// The bytes to move are K and V once, for all query heads of a group together: 2 * kv_heads * kHeadDim
+// elements for each token that a sequence sees, and little beside them. What limits the speed
 // is how many of them are under way at a time, and that no multiprocessor runs out of work.
 //
 // Work. All keys of all sequences and KV heads stand in one line, which is cut into equal chunks, one

@@ -3,9 +3,12 @@
 //
 //   out[r, h] = sum over p of softmax(scale * q[r, h] . K[p, h / kGroup])[p] * V[p, h / kGroup]
 //
+// where with kSoftcap a score x becomes softcap * tanh(x / softcap) before the softmax.
+//
 // q, out        [T, Hkv * kGroup, kHeadDim], rows of `q_stride` and `out_stride` elements
 // k, v caches   [num_blocks, Hkv, kBlockSize, kHeadDim]
 // block_tables  [S, ...], rows of `table_stride`
+// members       [M] the sequences to compute, or null for all S
 // Row i of sequence s stands at query_start_loc[s] + i and has the position
 // seq_lens[s] - rows + i; it sees the positions up to its own, or the last `window` of them.
 //
