@@ -323,15 +323,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM)
       for (int entry = threadIdx.x; entry < Part::kEntries; entry += kThreads) {
         if (Part::query(entry) < group) sum_of<kWarps>(of_warps, entry).store(mine);
       }
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        int* counter = reinterpret_cast<int*>(workspace + kCounterBytes * segment.first_worker);
-        __threadfence();
-        is_whole = atomicAdd(counter, 1) == segment.num_workers - 1;
-        if (is_whole) *counter = 0;
-        __threadfence();
-      }
-      is_whole = __syncthreads_or(is_whole);
+      int* counter = reinterpret_cast<int*>(workspace + kCounterBytes * segment.first_worker);
+      is_whole = is_last_to_come(counter, segment.num_workers);
       if (is_whole) {
 #pragma unroll
         for (int n = 0; n < kQueryTiles; ++n) {

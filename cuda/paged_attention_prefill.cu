@@ -66,12 +66,7 @@ __device__ __forceinline__ bool find_tile(Tile& tile, int number, const int64* q
       const int rows = (query_start_loc[sequence + 1] - query_start_loc[sequence]) * kGroup;
       tiles = (rows + kRows - 1) / kRows;
     }
-    int through = tiles;  // tiles of the lanes up to this one
-#pragma unroll
-    for (int distance = 1; distance < nb::kWarpSize; distance *= 2) {
-      const int other = __shfl_up_sync(nb::kAllLanes, through, distance);
-      if (lane >= distance) through += other;
-    }
+    const int through = nb::warp_sum_up_to(tiles, lane);
     const unsigned reached = __ballot_sync(nb::kAllLanes, before + through > number);
     if (reached != 0) {
       const int owner = __ffs(reached) - 1;

@@ -55,14 +55,6 @@ struct SampleMemory {
   nb::uint64 of_floor;
 };
 
-__device__ __forceinline__ nb::uint64 warp_sum(nb::uint64 value) {
-#pragma unroll
-  for (int distance = nb::kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(nb::kAllLanes, value, distance);
-  }
-  return value;
-}
-
 // The mass of the entries that reach `threshold`: of each warp's, and of all.
 template <typename Source>
 __device__ __noinline__ nb::uint64 mass_of(Source source, float threshold, nb::Weight weight,
@@ -71,7 +63,7 @@ __device__ __noinline__ nb::uint64 mass_of(Source source, float threshold, nb::W
   source.for_each([&](int, float value) {
     if (value >= threshold) mass += weight(value);
   });
-  mass = warp_sum(mass);
+  mass = nb::warp_sum(mass);
   __syncthreads();  // for whoever reads the last ones
   if (threadIdx.x % nb::kWarpSize == 0) mass_of_warp[threadIdx.x / nb::kWarpSize] = mass;
   __syncthreads();

@@ -95,4 +95,20 @@ __device__ __forceinline__ Sum<Part, 1> sum_of(const Part* of_warps, int entry) 
   return sum;
 }
 
+// For all threads of a block: whether it is the last of `num_workers` to call this. What those before
+// wrote is then visible to it: barriers and fences are cumulative (PTX ISA, "Memory Consistency
+// Model"), so that one thread speaks for its block. `counter` is zero before the first call, and
+// after the last.
+__device__ __forceinline__ bool is_last_to_come(int* counter, int num_workers) {
+  bool is_last = false;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(counter, 1) == num_workers - 1;
+    if (is_last) *counter = 0;
+    __threadfence();
+  }
+  return __syncthreads_or(is_last);
+}
+
 }  // namespace nb::decode

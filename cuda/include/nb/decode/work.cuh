@@ -35,23 +35,6 @@ struct Span {
   }
 };
 
-__device__ __forceinline__ int lane_sum(int value) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
-  }
-  return value;
-}
-
-__device__ __forceinline__ int sum_of_lanes_up_to(int value, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane >= distance) value += other;
-  }
-  return value;
-}
-
 // What a worker has of one pair.
 struct Segment {
   int sequence, head;
@@ -79,7 +62,7 @@ struct Chunk {
     const auto whole_line = [&] {
       int sum = 0;
       for (int s = lane; s < num_seqs; s += kWarpSize) sum += line(s);
-      return lane_sum(sum);
+      return warp_sum(sum);
     };
     const int workers = gridDim.x;
     size = 1;
@@ -92,7 +75,7 @@ struct Chunk {
     int before = 0;
     for (int base = 0;; base += kWarpSize) {
       const int here = line(base + lane);
-      const int up_to = before + sum_of_lanes_up_to(here, lane);
+      const int up_to = before + warp_sum_up_to(here, lane);
       const unsigned beyond = __ballot_sync(kAllLanes, up_to > at);
       if (beyond != 0) {
         const int found = __ffs(beyond) - 1;
