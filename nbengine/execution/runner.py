@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import gc
 import itertools
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,9 @@ from nbengine.models.kernel_layers import KernelLayers, choose_kernels
 from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype
 from nbengine.models.weights import build_decoder
 
+_on_gpus: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
+"""Those that are not closed."""
+
 _PROMPT_ROWS = 128
 """Prompt tokens scored at a time: the logits of a long prompt are larger than many a model."""
 
@@ -63,6 +67,8 @@ class ModelRunner:
         self.decoder, self.kv_cache, self.sampler = decoder, kv_cache, sampler
         self._buffer, self._graphs = buffer, graphs
         self._is_set_up = False
+        if decoder.device.type == "cuda":
+            _on_gpus.add(self)
 
     @classmethod
     def load(cls, path: Path, settings: EngineConfig) -> tuple[ModelRunner, MemoryBudget]:
@@ -242,12 +248,14 @@ class ModelRunner:
     def close(self) -> None:
         """Give the memory of weights, cache and graphs back; the runner is of no use after this."""
         is_cuda = self.decoder.device.type == "cuda"
+        _on_gpus.discard(self)
         self._graphs = self._buffer = None
         del self.decoder, self.kv_cache, self.sampler
         if is_cuda:
             gc.collect()  # graphs, layers and decoder refer to each other
             with contextlib.suppress(RuntimeError):  # of a device that is lost
-                torch._C._cuda_clearCublasWorkspaces()
+                if not _on_gpus:  # the graphs of another engine hold addresses of them
+                    torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()
                 torch._C._host_emptyCache()  # pinned host memory
 
