@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
-from nbengine.errors import NbengineError
 from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_nvrtc
 from nbengine.kernels.report import (
     KernelReport,
@@ -35,6 +33,7 @@ from nbengine.kernels.report import (
     report,
 )
 from nbengine.kernels.source import INCLUDE_ROOT, Source
+from nbengine.kernels.toolchain import ToolchainMissing, headers_identity, nvidia_headers
 
 OPTIONS = (
     "--std=c++17",
@@ -50,10 +49,6 @@ CACHE_BYTES = 256 * 2**20
 _FORMAT = 1
 
 _log = logging.getLogger(__name__)
-
-
-class ToolchainMissing(NbengineError, ImportError):
-    """NVRTC, cuda-python or NVIDIA's headers are not installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +147,6 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-@functools.cache
-def nvidia_headers() -> tuple[Path, ...]:
-    """The folders of cuda_fp16.h and its like, and of the C++ library. Raises `ToolchainMissing`."""
-    try:
-        from cuda.pathfinder import find_nvidia_header_directory
-
-        folders = [find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
-    except (ImportError, RuntimeError) as error:  # or cuda-pathfinder before 1.3
-        raise ToolchainMissing(f"{_INSTALL} ({error})") from error
-    if folders[0] is None:
-        raise ToolchainMissing(_INSTALL)
-    return tuple(Path(folder) for folder in folders if folder)
-
-
 def cubin_folder() -> Path:
     """The cache's."""
     return cache_folder("cubin")
@@ -175,19 +156,16 @@ def clear_cache() -> None:
     drop_oldest(cubin_folder(), "*.cubin", 0)
 
 
-_INSTALL = (
-    "compiling CUDA C needs NVIDIA's compiler and headers, which are Python packages: "
-    "pip install 'nbengine[cuda]'"
-)
-
-
 def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
 
         nvrtc.nvrtcVersion()  # loads the library
     except (ImportError, RuntimeError) as error:  # pathfinder's errors are RuntimeErrors
-        raise ToolchainMissing(f"{_INSTALL} ({error})") from error
+        raise ToolchainMissing(
+            "compiling CUDA C needs NVIDIA's compiler, which is a Python package: "
+            f"pip install 'nbengine[cuda]' ({error})"
+        ) from error
     return nvrtc
 
 
@@ -332,16 +310,8 @@ def _key(source: Source, expression: str, options: tuple[str, ...]) -> str:
     digest.update(f"\0{source.name}\0{source.folder}\0{source.text}".encode())
     for path, text in source.headers():
         digest.update(f"\0{path}\0{text}".encode())
-    for folder in nvidia_headers():
-        digest.update(_identity(folder))
+    digest.update(headers_identity())
     return digest.hexdigest()[:32]
-
-
-@functools.cache
-def _identity(folder: Path) -> bytes:
-    """Changes when another version is installed into the folder."""
-    entries = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(folder))
-    return hashlib.sha256(repr((str(folder), entries)).encode()).digest()
 
 
 def _read(path: Path) -> Cubin | None:

@@ -253,7 +253,7 @@ def _found(source: Source, expression: str) -> tuple[_Kernel, list[str]]:
 def _kernels(source: Source) -> Iterator[_Kernel]:
     """Every kernel that the text declares; specialisations and instantiations are left out, as
     they have the parameters of their template."""
-    text = _without_comments(source.text)
+    text = without_comments(source.text)
     for match in _GLOBAL.finditer(text):
         at = match.end()
         while (after := _AFTER_GLOBAL.match(text, at)) is not None:
@@ -327,12 +327,17 @@ def _closing(text: str, start: int, brackets: str = "()") -> int:
     return len(text)
 
 
-def _without_comments(text: str) -> str:
-    """Comments and string literals become blanks, so that every position stays where it was."""
+def without_comments(text: str) -> str:
+    """Comments and literals of characters become blanks, so that every position stays where it was."""
 
     def blank(match: re.Match[str]) -> str:
         if match[0] == '"C"':
             return match[0]
         return re.sub(r"[^\n]", " ", match[0])
 
-    return re.sub(r'//[^\n]*|/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"', blank, text, flags=re.DOTALL)
+    return _BLANKED.sub(blank, text)
+
+
+_BLANKED = re.compile(
+    r"""//[^\n]*|/\*.*?(?:\*/|\Z)|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])'""", re.DOTALL
+)

@@ -447,6 +447,19 @@ print(out.item())
     assert found.stat().st_ino == made
 
 
+def test_shared_memory_is_found_behind_a_string_that_looks_like_a_comment() -> None:
+    text = """
+    __global__ void kernel(float* out) {
+      const char* path = "//"; extern __shared__ float shared[];
+      shared[0] = path[0];
+      out[0] = shared[0];
+    }
+    """
+    out = floats(1)
+    kernel(text)[1, 1, 4](out)
+    assert out.item() == ord("/")
+
+
 def test_counters_of_a_copy_and_of_a_transpose() -> None:
     text = """
     template <int kPad>

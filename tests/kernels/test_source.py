@@ -50,6 +50,7 @@ def test_template_arguments_are_put_in_and_qualifiers_taken_out() -> None:
         "__global__ void f(float *__restrict__ x = nullptr)",
         "#define TEXT \"__global__ void f(int a, int b)\"\n__global__ void f(float* x)",
         "// __global__ void f(int a)\n__global__ void f(float* x)",
+        "char a = '\"'; __global__ void f(float* x) {} char b = '\"'; void g()",
         "namespace mine { __global__ void f(float* x)",
     ],
 )  # fmt: skip

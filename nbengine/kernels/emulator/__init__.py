@@ -68,9 +68,9 @@ class EmulatedProgram(Program):
 class EmulatedKernel(Kernel):
     """Compiled when made. A launch returns when the grid has run.
 
-    Raises `CompileError`, `NoCompiler`; launched, `EmulationError`. Without checks, of the kinds of
-    error only those are seen that stop the kernel itself: a barrier or warp operation that is waited
-    in for ever, wrong masks and lanes, traps and assertions.
+    Raises `CompileError`, `NoCompiler`, `ToolchainMissing`; launched, `EmulationError`. Without
+    checks, of the kinds of error only those are seen that stop the kernel itself: a barrier or warp
+    operation that is waited in for ever, wrong masks and lanes, traps and assertions.
     """
 
     def __init__(

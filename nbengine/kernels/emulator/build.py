@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
 from nbengine.errors import NbengineError
 from nbengine.kernels.diagnostics import CompileError, parse_gcc
 from nbengine.kernels.program import MAX_SHARED_BYTES
-from nbengine.kernels.source import INCLUDE_ROOT, Source
+from nbengine.kernels.source import INCLUDE_ROOT, Source, without_comments
+from nbengine.kernels.toolchain import headers_identity, nvidia_headers
 
 CACHE_BYTES = 512 * 2**20
 """Files that were not used for the longest are deleted when the cache is larger. A kernel takes some
@@ -59,7 +59,7 @@ _ONLY_GCC = (
 
 
 class NoCompiler(NbengineError, RuntimeError):
-    """The emulator needs a C++ compiler or NVIDIA's headers, and this machine has none."""
+    """The emulator needs a C++ compiler, and this machine has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,12 @@ class Library:
 
 
 def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
-    """The library of one kernel. Raises `CompileError` and `NoCompiler`."""
+    """The library of one kernel. Raises `CompileError`, `NoCompiler` and `ToolchainMissing`."""
     text = _translation_unit(source, expression)
     flags = (*_COMMON, *(_CHECKED if checks else _FAST), *(() if _is_clang() else _ONLY_GCC))
     headers = "".join(f"{path}\0{text}" for path, text in source.headers())
     key = _key(text, headers, str(source.folder), *flags)
-    include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *_nvidia_headers())]
+    include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *nvidia_headers())]
     if source.folder is not None:
         include.append(f"-iquote{source.folder}")
     wrapped = _WRAPPED if checks and sys.platform != "darwin" else ()
@@ -181,7 +181,7 @@ def runtime() -> Path:
 def _prelude(flags: tuple[str, ...]) -> Path:
     """A header beside which its precompiled form lies."""
     name = f"prelude-{_key(*flags)}.h"
-    include = [f"-I{path}" for path in (_INCLUDE, *_nvidia_headers())]
+    include = [f"-I{path}" for path in (_INCLUDE, *nvidia_headers())]
     header = _made(name, lambda target: target.write_text('#include "nb_emulator.h"\n'))
     precompile = (*flags, *include, "-x", "c++-header", str(header), "-o")
     _made(f"{name}.gch", lambda target: _run(*precompile, str(target)))
@@ -207,7 +207,7 @@ def _storage(source: Source) -> str:
 
 def _dynamic_shared(source: Source) -> tuple[str, ...]:
     """The names that the source declares `extern __shared__`."""
-    return tuple(dict.fromkeys(_DYNAMIC_SHARED.findall(_without_comments(source.text))))
+    return tuple(dict.fromkeys(_DYNAMIC_SHARED.findall(without_comments(source.text))))
 
 
 _DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\b[^;]*?\b(\w+)\s*\[\s*\]\s*;")
@@ -250,10 +250,6 @@ NB_EXPORTED char* nb_shared_anchor() { return &nb_anchor; }
 """
 
 
-def _without_comments(text: str) -> str:
-    return re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
-
-
 @functools.cache
 def _compiler() -> str:
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
@@ -281,41 +277,14 @@ def _is_clang() -> bool:
 
 
 @functools.cache
-def _nvidia_headers() -> tuple[Path, ...]:
-    """Folders with cuda_fp16.h and nv/target."""
-    roots = [Path(sysconfig.get_paths()[kind]) / "nvidia" for kind in ("purelib", "platlib")]
-    candidates = [folder for root in roots for folder in sorted(root.glob("*/include"))[::-1]]
-    installed = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    candidates += [Path(root) / "include" for root in installed if root]
-    found = []
-    for header in ("cuda_fp16.h", "nv/target"):
-        folder = next(
-            (
-                place
-                for candidate in candidates
-                for place in (candidate, candidate / "cccl")
-                if (place / header).is_file()
-            ),
-            None,
-        )
-        if folder is None:
-            raise NoCompiler(
-                f"the emulator needs NVIDIA's {header}: pip install nvidia-cuda-runtime "
-                "nvidia-cuda-cccl (headers; no GPU or driver is needed)"
-            )
-        found.append(folder)
-    return tuple(dict.fromkeys(found))
-
-
-@functools.cache
 def _made_from() -> str:
-    """What every library depends on: our headers and sources, the compiler, the processor."""
+    """What every library depends on: our headers and sources, NVIDIA's, the compiler, the
+    processor."""
     digest = hashlib.sha256()
     own = (*sorted(_INCLUDE.rglob("*.h")), *sorted(_RUNTIME.iterdir()), Path(__file__))
     for path in own:
         digest.update(path.name.encode() + path.read_bytes())
-    for folder in _nvidia_headers():
-        digest.update(str(folder).encode())
+    digest.update(headers_identity())
     digest.update(f"{_compiler()} {_compiler_version()} {platform.machine()}".encode())
     info = Path("/proc/cpuinfo")  # what -march=native means
     if info.exists():
