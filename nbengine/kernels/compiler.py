@@ -32,7 +32,7 @@ from nbengine.kernels.report import (
     limits_of,
     report,
 )
-from nbengine.kernels.source import INCLUDE_ROOT, Source
+from nbengine.kernels.source import INCLUDE_ROOT, Source, included
 from nbengine.kernels.toolchain import ToolchainMissing, headers_identity, nvidia_headers
 
 OPTIONS = (
@@ -185,7 +185,7 @@ def _compile(source: Source, expression: str, architecture: str, options: tuple[
             f"{expression} of {source.name} does not compile for {architecture}: "
             f"{f'{count} errors' if count > 1 else '1 error' if count else status}",
             remarks,
-            {source.name: source.text},
+            source.texts,
             log,
         )
     symbol, code, ptx = outputs
@@ -209,8 +209,13 @@ def _run_nvrtc(
     nvrtc = _nvrtc()
     folders = [*([source.folder] if source.folder else []), INCLUDE_ROOT, *nvidia_headers()]
     arguments = [option.encode() for option in (*options, *(f"-I{path}" for path in folders))]
+    text, headers = source.spelled(str)
     status, program = nvrtc.nvrtcCreateProgram(
-        source.text.encode(), source.name.encode(), 0, None, None
+        text.encode(),
+        source.name.encode(),
+        len(headers),
+        [header.encode() for header in headers.values()],
+        [str(path).encode() for path in headers],
     )
     _expect(nvrtc, status)
     try:
@@ -307,11 +312,16 @@ def _at_source_lines(
 
 def _key(source: Source, expression: str, options: tuple[str, ...]) -> str:
     digest = hashlib.sha256(repr((_FORMAT, nvrtc_version(), expression, options)).encode())
-    digest.update(f"\0{source.name}\0{source.folder}\0{source.text}".encode())
-    for path, text in source.headers():
-        digest.update(f"\0{path}\0{text}".encode())
+    digest.update(f"\0{source.folder}".encode())
+    found = [match[1] for option in options if (match := _FOLDER.fullmatch(option))]
+    further = included("\n".join(source.texts.values()), *map(Path, found))
+    for name, text in (*source.texts.items(), *further.items()):
+        digest.update(f"\0{name}\0{text}".encode())
     digest.update(headers_identity())
     return digest.hexdigest()[:32]
+
+
+_FOLDER = re.compile(r"(?:-I|--include-path=)\s*(.+)")
 
 
 def _read(path: Path) -> Cubin | None:

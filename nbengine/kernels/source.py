@@ -1,15 +1,17 @@
 """CUDA C source text, and what can be read off it without a compiler: its kernels' parameters.
 
 Both backends take a `Source`. Names and types of the parameters are what the launch checks and the
-error messages speak of; the text itself goes to the compiler unedited. The reader below knows the
-declarations of kernels and nothing else of C++; what it can't read it refuses, with the line.
+error messages speak of; the text goes to the compiler as it stands, but for the names of headers. The
+reader below knows the declarations of kernels and nothing else of C++; what it can't read it refuses,
+with the line.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -78,12 +80,22 @@ TemplateArgument = torch.dtype | bool | int | str
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A translation unit. `name` is what diagnostics call it: a path, or a title for a string.
-    `folder` is where its own `#include "..."` are looked for first."""
+    """A translation unit, but for NVIDIA's headers. `name` is what diagnostics call it: a path, or a
+    title for a string. `folder` is where its own `#include "..."` are looked for first.
+
+    The headers are read when it is made, as the text is: a kernel of it that is compiled later is
+    made of the same, whatever was edited meanwhile.
+    """
 
     text: str
     name: str
     folder: Path | None = None
+    headers: tuple[tuple[Path, str], ...] = field(init=False, repr=False)
+    """Path and text of all that it includes, itself or through others; see `included`."""
+
+    def __post_init__(self) -> None:
+        headers = included(self.text, *self._folders)
+        object.__setattr__(self, "headers", tuple(headers.items()))
 
     @classmethod
     def read(cls, path: str | Path) -> Source:
@@ -94,27 +106,51 @@ class Source:
         """A file of `cuda/`."""
         return cls.read(CUDA_ROOT / file)
 
-    def headers(self, *folders: Path) -> Iterator[tuple[Path, str]]:
-        """Path and text of every header that the text includes, itself or through others, as far
-        as they lie in its own folder, in `cuda/include` or in `folders`. Which branches of `#if`
-        are taken is not looked at, so there may be more than the compiler reads, never fewer,
-        unless an include is spelled by a macro."""
-        own = (self.folder,) if self.folder else ()
-        seen: set[Path] = set()
-        waiting = [(self.text, own)]
-        while waiting:
-            text, beside = waiting.pop()
-            for name in _INCLUDE.findall(text):
-                for folder in (*beside, *own, INCLUDE_ROOT, *folders):
-                    path = folder / name
-                    if path in seen:
-                        break
-                    if path.is_file():
-                        seen.add(path)
-                        included = path.read_text(errors="replace")
-                        waiting.append((included, (path.parent,)))
-                        yield path, included
-                        break
+    @property
+    def texts(self) -> dict[str, str]:
+        """Its own and its headers', by the names that diagnostics have for them."""
+        return {self.name: self.text, **{str(path): text for path, text in self.headers}}
+
+    def spelled(self, name_of: Callable[[Path], str]) -> tuple[str, dict[Path, str]]:
+        """The text, and its headers', with each header included by the name `name_of(path)`: for a
+        compiler that is to take these and look for no others."""
+        known = dict(self.headers)
+
+        def linked(text: str, *beside: Path) -> str:
+            def include(match: re.Match[str]) -> str:
+                places = _places(match["name"], *beside, *self._folders)
+                path = next((path for path in places if path in known), None)
+                return match[0] if path is None else f'{match["before"]}"{name_of(path)}"'
+
+            return _INCLUDE.sub(include, text)
+
+        return linked(self.text), {path: linked(text, path.parent) for path, text in self.headers}
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return (INCLUDE_ROOT,) if self.folder is None else (self.folder, INCLUDE_ROOT)
+
+
+def included(text: str, *folders: Path) -> dict[Path, str]:
+    """The text of every header that `text` includes, itself or through others, as far as they lie in
+    these folders or beside what includes them. Which branches of `#if` are taken is not looked at, so
+    there may be more than the compiler reads, never fewer, unless a macro spells an include."""
+    found: dict[Path, str] = {}
+    waiting: list[tuple[str, tuple[Path, ...]]] = [(text, ())]
+    while waiting:
+        text, beside = waiting.pop()
+        for match in _INCLUDE.finditer(text):
+            for path in _places(match["name"], *beside, *folders):
+                if path not in found and path.is_file():
+                    found[path] = path.read_text(errors="replace")
+                    waiting.append((found[path], (path.parent,)))
+                if path in found:
+                    break
+    return found
+
+
+def _places(name: str, *folders: Path) -> Iterator[Path]:
+    return (Path(os.path.normpath(folder / name)) for folder in folders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,19 +211,23 @@ class _Kernel:
     at: int
     parameters_at: int
     text: str
-    original: Source
+    file: str
+    original: str
+    """The text with its comments."""
 
     def error(self, at: int, message: str) -> CompileError:
         line = self.text.count("\n", 0, at) + 1
         column = at - (self.text.rfind("\n", 0, at) + 1) + 1
         return CompileError(
-            f"{self.original.name}: the kernel {self.name} can't be used so",
-            [Diagnostic(self.original.name, line, column, "error", message)],
-            {self.original.name: self.original.text},
+            f"{self.file}: the kernel {self.name} can't be used so",
+            [Diagnostic(self.file, line, column, "error", message)],
+            {self.file: self.original},
         )
 
 
-_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^">\n]+)[>"]', re.MULTILINE)
+_INCLUDE = re.compile(
+    r'^(?P<before>[ \t]*#[ \t]*include[ \t]*)[<"](?P<name>[^">\n]+)[>"]', re.MULTILINE
+)
 _GLOBAL = re.compile(r"\b__global__\b")
 _TEMPLATE = re.compile(r"\btemplate\s*<")
 _AFTER_GLOBAL = re.compile(
@@ -235,10 +275,10 @@ def _found(source: Source, expression: str) -> tuple[_Kernel, list[str]]:
     name, bracket, rest = expression.partition("<")
     name = name.strip().rpartition("::")[2]
     given = _split(rest.rstrip().removesuffix(">")) if bracket else []
-    kernels = {kernel.name: kernel for kernel in _kernels(source)}
+    kernels = {kernel.name: kernel for kernel in _kernels(source.name, source.text)}
     if name not in kernels:
-        for path, text in source.headers():
-            for kernel in _kernels(Source(text, str(path))):
+        for path, text in source.headers:
+            for kernel in _kernels(str(path), text):
                 kernels.setdefault(kernel.name, kernel)
     if name in kernels:
         return kernels[name], given
@@ -250,10 +290,10 @@ def _found(source: Source, expression: str) -> tuple[_Kernel, list[str]]:
     )
 
 
-def _kernels(source: Source) -> Iterator[_Kernel]:
+def _kernels(file: str, original: str) -> Iterator[_Kernel]:
     """Every kernel that the text declares; specialisations and instantiations are left out, as
     they have the parameters of their template."""
-    text = without_comments(source.text)
+    text = without_comments(original)
     for match in _GLOBAL.finditer(text):
         at = match.end()
         while (after := _AFTER_GLOBAL.match(text, at)) is not None:
@@ -268,7 +308,7 @@ def _kernels(source: Source) -> Iterator[_Kernel]:
         parts: tuple[str, ...] = ()
         if template is not None:
             parts = tuple(_split(head[template.end() : _closing(head, template.end(), "<>")]))
-        yield _Kernel(name["name"], parts, name.start("name"), name.end(), text, source)
+        yield _Kernel(name["name"], parts, name.start("name"), name.end(), text, file, original)
 
 
 def _parameter(text: str, values: dict[str, str], kernel: _Kernel) -> Parameter:

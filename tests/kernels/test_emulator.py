@@ -460,6 +460,41 @@ def test_shared_memory_is_found_behind_a_string_that_looks_like_a_comment() -> N
     assert out.item() == ord("/")
 
 
+def test_headers_are_compiled_as_they_were_when_the_source_was_read(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    once = tmp_path / "parts" / "once.cuh"
+    once.write_text('#pragma once\n#include "factor.cuh"\nextern __shared__ float shared[];\n')
+    factor = tmp_path / "parts" / "factor.cuh"
+    factor.write_text("#ifndef FACTOR\n#define FACTOR 3\n#endif\n")
+    (tmp_path / "f.cu").write_text("""
+        #include "parts/once.cuh"
+        #include "parts/factor.cuh"
+        #include <parts/once.cuh>
+        template <typename T> __global__ void f(T* x) {
+          shared[0] = FACTOR;
+          x[0] *= shared[0];
+        }
+    """)
+    program = EmulatedProgram(Source.read(tmp_path / "f.cu"), checks=True)
+    factor.write_text("#define FACTOR 2\n")
+    once.unlink()
+    x = torch.ones(1)
+    program.kernel("f", torch.float32)[1, 1, 4](x)
+    assert x.item() == 3
+
+
+def test_an_error_in_a_header_is_shown_at_the_headers_own_line(tmp_path: Path) -> None:
+    header = tmp_path / "mine.cuh"
+    header.write_text("#pragma once\n__device__ int broken() { return missing; }\n")
+    (tmp_path / "f.cu").write_text('#include "mine.cuh"\n__global__ void f(int* x) {}\n')
+    source = Source.read(tmp_path / "f.cu")
+    header.write_text("")
+    with pytest.raises(CompileError) as refused:
+        EmulatedProgram(source).kernel("f")
+    assert refused.value.diagnostics[0].place.startswith(f"{header}:2:")
+    assert "2 | __device__ int broken()" in str(refused.value)
+
+
 def test_counters_of_a_copy_and_of_a_transpose() -> None:
     text = """
     template <int kPad>

@@ -104,5 +104,23 @@ def test_headers_are_followed_in_the_own_folder_and_each_read_once(tmp_path: Pat
     (tmp_path / "a.cuh").write_text('#include "b.cuh"\n#include "a.cuh"\n#include <absent.h>\n')
     (tmp_path / "b.cuh").write_text('  #  include "a.cuh"\n#include "nb/types.cuh"\n')
     (tmp_path / "main.cu").write_text('#include "a.cuh"\n#include "b.cuh"\n')
-    names = [path.name for path, _ in Source.read(tmp_path / "main.cu").headers()]
+    names = [path.name for path, _ in Source.read(tmp_path / "main.cu").headers]
     assert sorted(names) == ["a.cuh", "b.cuh", "types.cuh"]
+
+
+def test_a_source_keeps_its_headers_as_they_were_and_names_each_where_it_is_included(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a.cuh").write_text('#pragma once\n#include "../b.cuh" // up\n')
+    (tmp_path / "b.cuh").write_text("int b;\n")
+    (tmp_path / "main.cu").write_text("# include <parts/a.cuh>\n#include <cuda_fp16.h>\n")
+    source = Source.read(tmp_path / "main.cu")
+    (tmp_path / "b.cuh").write_text("int edited;\n")
+    text, headers = source.spelled(lambda path: f"mine/{path.name}")
+    assert text == '# include "mine/a.cuh"\n#include <cuda_fp16.h>\n'
+    assert headers == {
+        tmp_path / "parts" / "a.cuh": '#pragma once\n#include "mine/b.cuh" // up\n',
+        tmp_path / "b.cuh": "int b;\n",
+    }
+    assert source.texts[str(tmp_path / "parts" / "a.cuh")].endswith('#include "../b.cuh" // up\n')

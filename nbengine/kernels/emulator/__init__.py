@@ -257,7 +257,8 @@ _SIZES = {
 
 def _element_size(source: Source, variable: str) -> int | None:
     """Of a shared array, as far as its declaration tells."""
-    declared = re.search(rf"__shared__\b[^;]*?([\w:]+)\s+{re.escape(variable)}\s*\[", source.text)
+    text = "\n".join(source.texts.values())
+    declared = re.search(rf"__shared__\b[^;]*?([\w:]+)\s+{re.escape(variable)}\s*\[", text)
     return _SIZES.get(declared[1]) if declared else None
 
 

@@ -85,10 +85,13 @@ class Library:
 
 def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     """The library of one kernel. Raises `CompileError`, `NoCompiler` and `ToolchainMissing`."""
-    text = _translation_unit(source, expression)
+    names = {path: f"header{i}.cuh" for i, (path, _) in enumerate(source.headers)}
+    text, headers = source.spelled(names.__getitem__)
+    text = f"{_at_first_line(source.name)}{text}\n{_at_first_line(_ENTRY_NAME)}" + _ENTRY.replace(
+        "KERNEL", expression
+    )
     flags = (*_COMMON, *(_CHECKED if checks else _FAST), *(() if _is_clang() else _ONLY_GCC))
-    headers = "".join(f"{path}\0{text}" for path, text in source.headers())
-    key = _key(text, headers, str(source.folder), *flags)
+    key = _key(text, *map(str, headers), *headers.values(), str(source.folder), *flags)
     include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *nvidia_headers())]
     if source.folder is not None:
         include.append(f"-iquote{source.folder}")
@@ -97,6 +100,8 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     def make(target: Path) -> None:
         unit, compiled = target.with_name(UNIT), str(target.with_name("kernel.o"))
         unit.write_text(text)
+        for path, header in headers.items():
+            unit.with_name(names[path]).write_text(_at_first_line(str(path)) + header)
         storage = target.with_name("storage.cpp")
         storage.write_text(_storage(source))
         try:
@@ -109,8 +114,7 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
             title = f"{source.name}: {expression} does not compile for the emulator"
             said = parse_gcc(str(refused))
             said = tuple(replace(d, message=_NO_PTX) if "poison" in d.message else d for d in said)
-            texts = {source.name: source.text}
-            raise CompileError(title, said, texts, str(refused)) from None
+            raise CompileError(title, said, source.texts, str(refused)) from None
 
     library = _made(f"kernel-{key}.so", make)
     return Library(library, _shared_variables(library, source) if checks else ())
@@ -188,11 +192,10 @@ def _prelude(flags: tuple[str, ...]) -> Path:
     return header
 
 
-def _translation_unit(source: Source, expression: str) -> str:
-    name = source.name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'#line 1 "{name}"\n{source.text}\n#line 1 "(the emulator\'s entry)"\n' + _ENTRY.replace(
-        "KERNEL", expression
-    )
+def _at_first_line(file: str) -> str:
+    """What follows begins with this file's first line."""
+    name = file.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#line 1 "{name}"\n'
 
 
 def _storage(source: Source) -> str:
@@ -206,12 +209,14 @@ def _storage(source: Source) -> str:
 
 
 def _dynamic_shared(source: Source) -> tuple[str, ...]:
-    """The names that the source declares `extern __shared__`."""
-    return tuple(dict.fromkeys(_DYNAMIC_SHARED.findall(without_comments(source.text))))
+    """The names that the source and its headers declare `extern __shared__`."""
+    texts = map(without_comments, source.texts.values())
+    return tuple(dict.fromkeys(name for text in texts for name in _DYNAMIC_SHARED.findall(text)))
 
 
 _DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\b[^;]*?\b(\w+)\s*\[\s*\]\s*;")
 
+_ENTRY_NAME = "(the emulator's entry)"
 _ENTRY = """
 #define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
 

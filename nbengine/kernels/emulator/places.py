@@ -81,9 +81,8 @@ class Places:
         return file.endswith((f"/{self._source.name}", f"/{UNIT}")) or file == self._source.name
 
     def _line(self, file: str, line: int) -> str:
-        if file == self._source.name:
-            text = self._source.text
-        else:
+        text = self._source.texts.get(file)
+        if text is None:
             try:
                 text = Path(file).read_text(errors="replace")
             except OSError:
