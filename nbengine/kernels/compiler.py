@@ -18,12 +18,12 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
-from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_nvrtc
+from nbengine.kernels.diagnostics import CompileError, Diagnostic, lines_of, parse_nvrtc
 from nbengine.kernels.report import (
     KernelReport,
     Limits,
@@ -32,7 +32,7 @@ from nbengine.kernels.report import (
     limits_of,
     report,
 )
-from nbengine.kernels.source import INCLUDE_ROOT, Source, included
+from nbengine.kernels.source import INCLUDE_ROOT, Source, declared_at, included
 from nbengine.kernels.toolchain import ToolchainMissing, headers_identity, nvidia_headers
 
 OPTIONS = (
@@ -176,6 +176,10 @@ def _expect(nvrtc: Any, status: Any) -> None:
 
 def _compile(source: Source, expression: str, architecture: str, options: tuple[str, ...]) -> Cubin:
     status, log, outputs = _run_nvrtc(source, expression, options)
+    if outputs is None and _NAME_MAP in log:  # what is wrong without the expression is told alone
+        alone = _run_nvrtc(source, None, options)
+        if alone[2] is None:
+            status, log, _ = alone
     remarks = _located(parse_nvrtc(log), source, expression)
     if outputs is None:
         if any(remark.file == "ptxas" and remark.line for remark in remarks):
@@ -203,12 +207,14 @@ def _compile(source: Source, expression: str, architecture: str, options: tuple[
 
 
 def _run_nvrtc(
-    source: Source, expression: str, options: tuple[str, ...]
+    source: Source, expression: str | None, options: tuple[str, ...]
 ) -> tuple[str, str, tuple[str, bytes, str] | None]:
-    """The status, the log, and (symbol, CUBIN, PTX) unless it failed."""
+    """The status, the log, and (symbol, CUBIN, PTX) unless it failed. Without an expression nothing
+    is instantiated, and there is no symbol."""
     nvrtc = _nvrtc()
     folders = [*([source.folder] if source.folder else []), INCLUDE_ROOT, *nvidia_headers()]
     arguments = [option.encode() for option in (*options, *(f"-I{path}" for path in folders))]
+    names = [] if expression is None else [expression.encode()]
     text, headers = source.spelled(str)
     status, program = nvrtc.nvrtcCreateProgram(
         text.encode(),
@@ -219,14 +225,17 @@ def _run_nvrtc(
     )
     _expect(nvrtc, status)
     try:
-        (status,) = nvrtc.nvrtcAddNameExpression(program, expression.encode())
-        _expect(nvrtc, status)
+        for name in names:
+            (status,) = nvrtc.nvrtcAddNameExpression(program, name)
+            _expect(nvrtc, status)
         (compiled,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
         log = _text(nvrtc, "ProgramLog", program)
         if compiled != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             return compiled.name, log, None
-        status, symbol = nvrtc.nvrtcGetLoweredName(program, expression.encode())
-        _expect(nvrtc, status)
+        symbol = b""
+        for name in names:
+            status, symbol = nvrtc.nvrtcGetLoweredName(program, name)
+            _expect(nvrtc, status)
         ptx = _text(nvrtc, "PTX", program)
         return compiled.name, log, (symbol.decode(), _bytes(nvrtc, "CUBIN", program), ptx)
     finally:
@@ -252,6 +261,7 @@ def _text(nvrtc: Any, what: str, program: Any) -> str:
 # --- What NVRTC says of lines that the user did not write ------------------------------------------
 
 
+_NAME_MAP = "__nv_name_map"
 _HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 
 
@@ -261,20 +271,19 @@ def _located(
     """NVRTC appends the name expression to the source, and speaks of a line of its own there. The
     line that matters is the kernel's."""
     kept = []
-    name = expression.partition("<")[0].strip().rpartition("::")[2]
-    declared = re.search(rf"\b{re.escape(name)}\s*\(", source.text)
-    line = source.text.count("\n", 0, declared.start()) + 1 if declared else None
+    file, line = declared_at(source, expression)
     for remark in remarks:
-        if remark.file != "__nv_name_map":
-            kept.append(remark)
+        if remark.file != _NAME_MAP:
+            notes = (re.sub(rf" at line \d+ of {_NAME_MAP}", "", note) for note in remark.notes)
+            kept.append(replace(remark, notes=tuple(notes)))
         elif not remark.message.startswith("Error in parsing name expression"):
             message = f"{expression}: {remark.message}"
-            notes = tuple(
+            notes = (
                 f"the source needs: #include <{header}>"
                 for type_name, header in _HEADERS.items()
                 if f'"{type_name}" is undefined' in message
             )
-            kept.append(Diagnostic(source.name, line, None, remark.severity, message, notes))
+            kept.append(Diagnostic(file, line, None, remark.severity, message, tuple(notes)))
     return tuple(kept)
 
 
@@ -288,7 +297,7 @@ def _at_source_lines(
     _, _, outputs = _run_nvrtc(source, expression, tuple(virtual))
     if outputs is None:
         return remarks
-    lines = outputs[2].splitlines()
+    lines = lines_of(outputs[2])
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', outputs[2], re.MULTILINE))
     kept = []
     for remark in remarks:

@@ -202,6 +202,15 @@ def parameters(source: Source, expression: str) -> tuple[Parameter, ...]:
     )
 
 
+def declared_at(source: Source, expression: str) -> tuple[str, int | None]:
+    """File and line of the kernel that `expression` names: for what a compiler says of it."""
+    try:
+        kernel, _ = _found(source, expression)
+    except CompileError:
+        return source.name, None
+    return kernel.file, kernel.line_of(kernel.at)
+
+
 @dataclass(frozen=True, slots=True)
 class _Kernel:
     """A `__global__` function in a text without comments: where its name and parameters are."""
@@ -215,12 +224,15 @@ class _Kernel:
     original: str
     """The text with its comments."""
 
+    def line_of(self, at: int) -> int:
+        return self.text.count("\n", 0, at) + 1
+
     def error(self, at: int, message: str) -> CompileError:
-        line = self.text.count("\n", 0, at) + 1
-        column = at - (self.text.rfind("\n", 0, at) + 1) + 1
+        before = self.original[self.original.rfind("\n", 0, at) + 1 : at]
+        column = len(before.encode()) + 1
         return CompileError(
             f"{self.file}: the kernel {self.name} can't be used so",
-            [Diagnostic(self.file, line, column, "error", message)],
+            [Diagnostic(self.file, self.line_of(at), column, "error", message)],
             {self.file: self.original},
         )
 

@@ -245,6 +245,28 @@ def test_an_error_in_the_template_arguments_is_shown_at_the_kernel(
     assert "__global__ void scale" in str(error)
 
 
+def test_a_missing_brace_is_told_alone() -> None:
+    error = refusal(TEXT.removesuffix("}\n"), "scale<float>")
+    (diagnostic,) = error.diagnostics
+    assert diagnostic.place == "my.cu:4:17"
+    assert "closing brace of template definition not found" in str(error)
+
+
+def test_what_an_instance_refuses_names_no_line_of_nvrtcs_own() -> None:
+    text = "template <typename T> __global__ T f(T* x) { return *x; }\n"
+    error = refusal(text, "f<float>")
+    assert "must have a void return type" in str(error)
+    assert "based on template argument <float>" in str(error)
+    assert "__nv_name_map" not in str(error)
+
+
+def test_a_caret_stands_at_its_character_after_those_of_several_bytes() -> None:
+    error = refusal("__global__ void f(float* x) {\n\t/* äöü€ */\t*x = missing;\n}\n", "f")
+    (at,) = (i for i, line in enumerate(str(error).split("\n")) if "= missing" in line)
+    line, caret = str(error).split("\n")[at : at + 2]
+    assert caret.index("^") == line.index("missing")
+
+
 def test_a_half_type_without_its_header_is_told_which() -> None:
     error = refusal("template <typename T> __global__ void f(T* x) {}", "f<__nv_bfloat16>")
     assert "#include <cuda_bf16.h>" in str(error)

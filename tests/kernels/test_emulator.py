@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -481,6 +482,71 @@ def test_headers_are_compiled_as_they_were_when_the_source_was_read(tmp_path: Pa
     x = torch.ones(1)
     program.kernel("f", torch.float32)[1, 1, 4](x)
     assert x.item() == 3
+
+
+def refusal(text: str, expression: str, name: str = "my.cu") -> CompileError:
+    with pytest.raises(CompileError) as refused:
+        EmulatedProgram(Source(text, name)).kernel(expression)
+    assert "nb_" not in str(refused.value) and "entry" not in str(refused.value)
+    return refused.value
+
+
+COPY = """template <typename T>
+__global__ void copy(T* out, const T* x) {
+  out[threadIdx.x] = x[threadIdx.x];
+}
+"""
+
+
+def test_a_missing_brace_is_shown_where_the_source_ends() -> None:
+    error = refusal(COPY.removesuffix("}\n"), "copy<float>")
+    (diagnostic,) = error.diagnostics
+    assert (diagnostic.file, diagnostic.notes[0][:11]) == ("my.cu", "my.cu:2:42:")
+    assert "expected" in diagnostic.message and "}" in diagnostic.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [("3", "has no instance for these"), ("nosuch", "nosuch"), ("float", "expected|parse error")],
+)
+def test_an_error_in_the_template_arguments_is_shown_at_the_kernel(
+    arguments: str, told: str
+) -> None:
+    expression = f"copy<{arguments}{'' if arguments == 'float' else '>'}"
+    (diagnostic,) = refusal(COPY, expression).diagnostics
+    assert (diagnostic.file, diagnostic.line) == ("my.cu", 2)
+    assert diagnostic.message.startswith(f"{expression}: ")
+    assert re.search(told, diagnostic.message)
+
+
+def test_an_error_in_an_instance_says_of_which_types_and_no_more() -> None:
+    (diagnostic,) = refusal(
+        COPY.replace("= x[threadIdx.x]", "= T::nosuch"), "copy<float>"
+    ).diagnostics
+    assert diagnostic.line == 3
+    assert any(re.search("T = float|copy<float>", note) for note in diagnostic.notes)
+
+
+@pytest.mark.parametrize("before", ["\t\t", "\t/* äöü€ */\t"])
+def test_a_caret_stands_at_its_character_in_a_file_with_tabs(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "tabs.cu"
+    path.write_text(f"__global__ void f(float* x) {{\n{before}*x = missing;\n}}\n")
+    shown = str(refusal(path.read_text(), "f", str(path))).split("\n")
+    at = next(i for i, line in enumerate(shown) if line.startswith("    2 |"))
+    assert shown[at + 1].index("^") == shown[at].index("missing")
+
+
+def test_the_compiler_is_asked_to_speak_english(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\necho "$LC_ALL, $LANGUAGE" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "_compiler", lambda: str(compiler))
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("LANGUAGE", "de")
+    with pytest.raises(build._Refused, match=r"^C\.UTF-8, $"):
+        build._run("--version")
 
 
 def test_an_error_in_a_header_is_shown_at_the_headers_own_line(tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
 from nbengine.errors import NbengineError
-from nbengine.kernels.diagnostics import CompileError, parse_gcc
+from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_gcc
 from nbengine.kernels.program import MAX_SHARED_BYTES
-from nbengine.kernels.source import INCLUDE_ROOT, Source, without_comments
+from nbengine.kernels.source import INCLUDE_ROOT, Source, declared_at, without_comments
 from nbengine.kernels.toolchain import headers_identity, nvidia_headers
 
 CACHE_BYTES = 512 * 2**20
@@ -87,11 +87,10 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     """The library of one kernel. Raises `CompileError`, `NoCompiler` and `ToolchainMissing`."""
     names = {path: f"header{i}.cuh" for i, (path, _) in enumerate(source.headers)}
     text, headers = source.spelled(names.__getitem__)
-    text = f"{_at_first_line(source.name)}{text}\n{_at_first_line(_ENTRY_NAME)}" + _ENTRY.replace(
-        "KERNEL", expression
-    )
-    flags = (*_COMMON, *(_CHECKED if checks else _FAST), *(() if _is_clang() else _ONLY_GCC))
-    key = _key(text, *map(str, headers), *headers.values(), str(source.folder), *flags)
+    text = f"{_at_first_line(source.name)}{text}\n"
+    entry = _at_first_line(_ENTRY_NAME) + _ENTRY.replace("KERNEL", expression)
+    flags = (*_COMMON, *(_CHECKED if checks else _FAST), *_own_flags())
+    key = _key(text, entry, *map(str, headers), *headers.values(), str(source.folder), *flags)
     include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *nvidia_headers())]
     if source.folder is not None:
         include.append(f"-iquote{source.folder}")
@@ -99,22 +98,27 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
 
     def make(target: Path) -> None:
         unit, compiled = target.with_name(UNIT), str(target.with_name("kernel.o"))
-        unit.write_text(text)
+        unit.write_text(text + entry)
         for path, header in headers.items():
             unit.with_name(names[path]).write_text(_at_first_line(str(path)) + header)
         storage = target.with_name("storage.cpp")
         storage.write_text(_storage(source))
+        compile = (*flags, *include, "-include", str(_prelude(flags)), str(unit))
         try:
-            _run(
-                *flags, *include, "-include", str(_prelude(flags)), "-c", str(unit), "-o", compiled
-            )
+            _run(*compile, "-c", "-o", compiled)
             _run(*_COMMON, "-c", str(storage), "-o", f"{compiled}2")
             _run(compiled, f"{compiled}2", str(runtime()), *wrapped, "-shared", "-o", str(target))
         except _Refused as refused:
+            log = str(refused)
+            if _ENTRY_NAME in log:  # what is wrong without the entry is told alone
+                unit.write_text(text)
+                try:
+                    _run(*compile, "-fsyntax-only")
+                except _Refused as alone:
+                    log = str(alone)
             title = f"{source.name}: {expression} does not compile for the emulator"
-            said = parse_gcc(str(refused))
-            said = tuple(replace(d, message=_NO_PTX) if "poison" in d.message else d for d in said)
-            raise CompileError(title, said, source.texts, str(refused)) from None
+            remarks = _located(parse_gcc(log), source, expression)
+            raise CompileError(title, remarks, source.texts, log) from None
 
     library = _made(f"kernel-{key}.so", make)
     return Library(library, _shared_variables(library, source) if checks else ())
@@ -127,7 +131,29 @@ _NO_PTX = (
     "inline PTX can't be emulated: put it into a function of a header that gives the same in C++ "
     "where NB_EMULATOR is defined, as cuda/include/nb/fast_math.cuh does"
 )
+_NO_INSTANCE = "the template has no instance for these arguments"
 _WRAPPED = tuple(f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset"))
+
+
+def _located(
+    remarks: Iterable[Diagnostic], source: Source, expression: str
+) -> tuple[Diagnostic, ...]:
+    """The entry is no text of the user's. Of what is said of it the first is about the expression,
+    and belongs to the kernel's line; the rest follows from that."""
+    kept, is_placed = [], False
+    for remark in remarks:
+        message = _NO_PTX if "poison" in remark.message else remark.message
+        if remark.file != _ENTRY_NAME:
+            notes = (re.sub(rf"^{_ENTRY_NAME}:[:\d]+ ", "", note) for note in remark.notes)
+            users = tuple(note for note in notes if _ENTRY_NAME not in note)
+            kept.append(replace(remark, message=message, notes=users))
+        elif not is_placed:
+            if "deduce" in message or "overloaded" in message:
+                message = _NO_INSTANCE
+            file, line = declared_at(source, expression)
+            kept.append(Diagnostic(file, line, None, "error", f"{expression}: {message}"))
+            is_placed = True
+    return tuple(kept)
 
 
 def _shared_variables(library: Path, source: Source) -> tuple[SharedVariable, ...]:
@@ -187,7 +213,9 @@ def _prelude(flags: tuple[str, ...]) -> Path:
     name = f"prelude-{_key(*flags)}.h"
     include = [f"-I{path}" for path in (_INCLUDE, *nvidia_headers())]
     header = _made(name, lambda target: target.write_text('#include "nb_emulator.h"\n'))
-    precompile = (*flags, *include, "-x", "c++-header", str(header), "-o")
+    # The cache sets the header's time whenever it is used; clang would take it for another one.
+    timeless = ("-Xclang", "-fno-pch-timestamp") if _is_clang() else ()
+    precompile = (*flags, *timeless, *include, "-x", "c++-header", str(header), "-o")
     _made(f"{name}.gch", lambda target: _run(*precompile, str(target)))
     return header
 
@@ -216,7 +244,7 @@ def _dynamic_shared(source: Source) -> tuple[str, ...]:
 
 _DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\b[^;]*?\b(\w+)\s*\[\s*\]\s*;")
 
-_ENTRY_NAME = "(the emulator's entry)"
+_ENTRY_NAME = "emulated_entry"
 _ENTRY = """
 #define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
 
@@ -248,7 +276,10 @@ __attribute__((no_sanitize("thread"))) void nb_call(void (*kernel)(P...), const 
   nb_call(kernel, static_cast<const nb_argument*>(arguments), std::index_sequence_for<P...>());
 }
 
-NB_EXPORTED void nb_thread_main(const void* arguments) { nb_call(&KERNEL, arguments); }
+NB_EXPORTED void nb_thread_main(const void* arguments) {
+  constexpr auto nb_kernel = &KERNEL;
+  nb_call(nb_kernel, arguments);
+}
 
 thread_local char nb_anchor;
 NB_EXPORTED char* nb_shared_anchor() { return &nb_anchor; }
@@ -282,6 +313,17 @@ def _is_clang() -> bool:
 
 
 @functools.cache
+def _own_flags() -> tuple[str, ...]:
+    """Those that the other compiler does not know."""
+    if _is_clang():
+        return ()
+    command = [_compiler(), "-dumpversion"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counted_in_bytes = int(version.partition(".")[0]) < 11
+    return _ONLY_GCC if counted_in_bytes else (*_ONLY_GCC, "-fdiagnostics-column-unit=byte")
+
+
+@functools.cache
 def _made_from() -> str:
     """What every library depends on: our headers and sources, NVIDIA's, the compiler, the
     processor."""
@@ -304,12 +346,21 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join((_made_from(), *parts)).encode()).hexdigest()[:20]
 
 
+_IN_ENGLISH = {"LC_ALL": "C.UTF-8", "LANGUAGE": ""}
+
+
 class _Refused(Exception):
     """What the compiler said."""
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run([_compiler(), *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [_compiler(), *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | _IN_ENGLISH,
+    )
     if done.returncode != 0:
         raise _Refused(done.stderr)
 

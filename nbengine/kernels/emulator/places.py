@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbengine.kernels.diagnostics import lines_of
 from nbengine.kernels.emulator.build import UNIT
 from nbengine.kernels.source import Source
 
@@ -87,7 +88,7 @@ class Places:
                 text = Path(file).read_text(errors="replace")
             except OSError:
                 return ""
-        lines = text.splitlines()
+        lines = lines_of(text)
         return lines[line - 1] if 0 < line <= len(lines) else ""
 
 
