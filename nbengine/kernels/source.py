@@ -179,33 +179,38 @@ def parameters(source: Source, expression: str) -> tuple[Parameter, ...]:
 
     Raises:
         CompileError: there is no such `__global__` function (the message lists those that there
-            are), it has another number of template parameters, or a parameter is passed by value
-            and is not a number.
+            are), it has another number of template parameters, a parameter is passed by value and
+            is not a number, or there are two of the name with different parameters, and which one is
+            compiled is for the preprocessor and the namespaces to say.
     """
-    kernel, given = _found(source, expression)
-    required = [part for part in kernel.template if "=" not in part]
-    variadic = any("..." in part for part in kernel.template)
-    if not (len(required) <= len(given) and (variadic or len(given) <= len(kernel.template))):
-        raise kernel.error(
-            kernel.at,
-            f"{kernel.name} has {len(kernel.template)} template parameters "
-            f"({', '.join(kernel.template)}), and {expression} gives {len(given)}",
-        )
-    values = {}
-    for index, part in enumerate(kernel.template):
-        name, _, default = (side.strip() for side in part.partition("="))
-        values[name.split()[-1].lstrip(".")] = given[index] if index < len(given) else default
-    start = kernel.parameters_at
-    text = kernel.text[start : _closing(kernel.text, start)]
-    return tuple(
-        _parameter(part, values, kernel) for part in _split(text) if part.strip() != "void"
-    )
+    (kernel, *others), given = _found(source, expression)
+    meanings = _meanings(source)
+    found = kernel.parameters(given, meanings)
+    types = [parameter.c_type for parameter in found]
+    for other in others:
+        if [parameter.c_type for parameter in other.parameters(given, meanings)] != types:
+            raise other.error(
+                other.at,
+                f"{kernel.name} has other parameters at {kernel.file}:{kernel.line_of(kernel.at)}, "
+                "and which of the two is compiled can't be told here: give one of them another name",
+            )
+    return found
+
+
+def launch_bound(source: Source, expression: str) -> int | None:
+    """The most threads of a block, by the kernel's `__launch_bounds__`; None without, or where its
+    value is more than arithmetic of template arguments and named numbers."""
+    kernels, given = _found(source, expression)
+    meanings = _meanings(source)
+    found = [kernel.launch_bound(meanings | kernel.values(given)) for kernel in kernels]
+    known = [bound for bound in found if bound is not None]
+    return max(known) if len(known) == len(found) else None
 
 
 def declared_at(source: Source, expression: str) -> tuple[str, int | None]:
     """File and line of the kernel that `expression` names: for what a compiler says of it."""
     try:
-        kernel, _ = _found(source, expression)
+        (kernel, *_), _ = _found(source, expression)
     except CompileError:
         return source.name, None
     return kernel.file, kernel.line_of(kernel.at)
@@ -217,12 +222,66 @@ class _Kernel:
 
     name: str
     template: tuple[str, ...]
+    bounds: str | None
+    """What `__launch_bounds__` says."""
     at: int
     parameters_at: int
     text: str
     file: str
     original: str
     """The text with its comments."""
+
+    @property
+    def parameters_end(self) -> int:
+        return _closing(self.text, self.parameters_at)
+
+    @property
+    def is_defined(self) -> bool:
+        return not self.text[self.parameters_end + 1 :].lstrip().startswith(";")
+
+    def takes(self, num_arguments: int) -> bool:
+        num_required = sum("=" not in part for part in self.template)
+        is_variadic = any("..." in part for part in self.template)
+        return num_required <= num_arguments and (
+            is_variadic or num_arguments <= len(self.template)
+        )
+
+    def values(self, given: list[str]) -> dict[str, str]:
+        """What stands for each template parameter."""
+        values: dict[str, str] = {}
+        for index, part in enumerate(self.template):
+            name, _, default = (side.strip() for side in part.partition("="))
+            value = given[index] if index < len(given) else _put_in(values, default)
+            values[name.split()[-1].lstrip(".")] = value
+        return values
+
+    def parameters(self, given: list[str], meanings: dict[str, str]) -> tuple[Parameter, ...]:
+        if not self.takes(len(given)):
+            raise self.error(
+                self.at,
+                f"{self.name} has {len(self.template)} template parameters "
+                f"({', '.join(self.template)}), and {len(given)} are given",
+            )
+        values = self.values(given)
+        text = self.text[self.parameters_at : self.parameters_end]
+        return tuple(
+            _parameter(part, values, meanings, self)
+            for part in _split(text)
+            if part.strip() != "void"
+        )
+
+    def launch_bound(self, meanings: dict[str, str]) -> int | None:
+        text = _split(self.bounds)[0] if self.bounds else ""
+        for _ in range(_NESTED):
+            text = re.sub(
+                r"(?:\w+::)*([A-Za-z_]\w*)", lambda match: f"({meanings.get(match[1])})", text
+            )
+        if not re.fullmatch(r"[\d\s()+*/-]+", text):
+            return None
+        try:
+            return int(eval(text.replace("/", "//")))
+        except (SyntaxError, TypeError, ZeroDivisionError):
+            return None
 
     def line_of(self, at: int) -> int:
         return self.text.count("\n", 0, at) + 1
@@ -252,6 +311,16 @@ _QUALIFIERS = re.compile(
     r"\b(?:const|volatile|struct|enum|typename|__restrict__|__restrict|__grid_constant__)\b"
     r"|\[\[.*?\]\]"
 )
+_STANDARD = re.compile(r"(?:::)?(?:\bcuda::)?\bstd::")
+_MEANING = re.compile(
+    r"\busing\s+(?P<alias>\w+)\s*=\s*(?P<to>[^;{}]+);"
+    r"|\btypedef\s+(?P<type>[^;{}()]+?)\b(?P<typedef>\w+)\s*;"
+    r"|\bconstexpr\s+[\w:\s]*?\b(?P<constant>\w+)\s*=\s*(?P<value>[^;{}]+);"
+    r"|^[ \t]*#[ \t]*define[ \t]+(?P<macro>\w+)[ \t]+(?P<text>\S.*)$",
+    re.MULTILINE,
+)
+_NESTED = 8
+"""How deep a name may stand for another one."""
 _CANONICAL = {
     "nb::int64": "long long",
     "nb::uint32": "unsigned int",
@@ -283,35 +352,39 @@ _CANONICAL = {
 _TYPE_WORDS = frozenset((*SCALARS, "long", "signed", "unsigned", "void"))
 
 
-def _found(source: Source, expression: str) -> tuple[_Kernel, list[str]]:
+def _found(source: Source, expression: str) -> tuple[list[_Kernel], list[str]]:
+    """The kernels that `expression` may name, and its template arguments. Where some are defined,
+    those that are only declared are the same, or none of the kernel's."""
     name, bracket, rest = expression.partition("<")
     name = name.strip().rpartition("::")[2]
     given = _split(rest.rstrip().removesuffix(">")) if bracket else []
-    kernels = {kernel.name: kernel for kernel in _kernels(source.name, source.text)}
-    if name not in kernels:
-        for path, text in source.headers:
-            for kernel in _kernels(str(path), text):
-                kernels.setdefault(kernel.name, kernel)
-    if name in kernels:
-        return kernels[name], given
-    there = ", ".join(kernels) or "none"
-    raise CompileError(
-        f"{source.name} has no __global__ function {name}; it has: {there}",
-        [Diagnostic(source.name, None, None, "error", f"no __global__ function {name}")],
-        {source.name: source.text},
-    )
+    kernels = [kernel for file, text in source.texts.items() for kernel in _kernels(file, text)]
+    named = [kernel for kernel in kernels if kernel.name == name]
+    if not named:
+        there = ", ".join(dict.fromkeys(kernel.name for kernel in kernels)) or "none"
+        raise CompileError(
+            f"{source.name} has no __global__ function {name}; it has: {there}",
+            [Diagnostic(source.name, None, None, "error", f"no __global__ function {name}")],
+            {source.name: source.text},
+        )
+    defined = [kernel for kernel in named if kernel.is_defined] or named
+    return [kernel for kernel in defined if kernel.takes(len(given))] or defined, given
 
 
 def _kernels(file: str, original: str) -> Iterator[_Kernel]:
     """Every kernel that the text declares; specialisations and instantiations are left out, as
     they have the parameters of their template."""
+    if "__global__" not in original:
+        return
     text = without_comments(original)
     for match in _GLOBAL.finditer(text):
-        at = match.end()
+        at, bounds = match.end(), None
         while (after := _AFTER_GLOBAL.match(text, at)) is not None:
             at = after.end()
             if after["bracket"]:
-                at = _closing(text, at) + 1
+                end = _closing(text, at)
+                bounds = text[at:end] if after["attribute"] == "__launch_bounds__" else bounds
+                at = end + 1
         name = _NAME.match(text, at)
         if name is None:
             continue
@@ -320,30 +393,62 @@ def _kernels(file: str, original: str) -> Iterator[_Kernel]:
         parts: tuple[str, ...] = ()
         if template is not None:
             parts = tuple(_split(head[template.end() : _closing(head, template.end(), "<>")]))
-        yield _Kernel(name["name"], parts, name.start("name"), name.end(), text, file, original)
+        yield _Kernel(
+            name["name"], parts, bounds, name.start("name"), name.end(), text, file, original
+        )
 
 
-def _parameter(text: str, values: dict[str, str], kernel: _Kernel) -> Parameter:
+def _meanings(source: Source) -> dict[str, str]:
+    """What names stand for, by `using`, `typedef`, `constexpr` and `#define`. A name with two
+    meanings is left out."""
+    found: dict[str, str] = {}
+    doubtful = set()
+    for text in map(without_comments, source.texts.values()):
+        for match in _MEANING.finditer(text):
+            name = next(filter(None, match.group("alias", "typedef", "constant", "macro")))
+            meaning = next(filter(None, match.group("to", "type", "value", "text"))).strip()
+            if found.setdefault(name, meaning) != meaning:
+                doubtful.add(name)
+    return {name: meaning for name, meaning in found.items() if name not in doubtful}
+
+
+def _parameter(
+    text: str, values: dict[str, str], meanings: dict[str, str], kernel: _Kernel
+) -> Parameter:
     at = kernel.text.index(text, kernel.parameters_at)
     declared = " ".join(_QUALIFIERS.sub(" ", text.partition("=")[0]).split())
     declared = re.sub(r"(\w+)\s*\[\s*\]$", r"* \1", declared)
     match = re.fullmatch(r"(?P<type>[^()]*?[\s*&>])\s*(?P<name>\w+)", declared)
     if match is None or match["name"] in _TYPE_WORDS:
         raise kernel.error(at, f"cannot read the parameter {text!r}: write a type and a name")
-    c_type = match["type"].replace("std::", "").replace("::cuda::", "")
-    for name, value in values.items():
-        c_type = re.sub(rf"\b{name}\b", value, c_type)
-    c_type = re.sub(r"\s*\*\s*", "*", c_type).strip()
-    base = c_type.rstrip("*").strip()
-    stars = "*" * c_type.count("*", len(base))
-    parameter = Parameter(match["name"], _CANONICAL.get(base, base) + stars)
-    if not stars and parameter.c_type not in SCALARS:
+    parameter = Parameter(match["name"], _canonical(_put_in(values, match["type"]), meanings))
+    if not parameter.is_pointer and parameter.c_type not in SCALARS:
         raise kernel.error(
             at,
             f"{parameter.name} is a {parameter.c_type} by value; by value a kernel can be given "
             f"{', '.join(SCALARS)}. Pass its numbers one by one, or a pointer to a tensor",
         )
     return parameter
+
+
+def _put_in(values: dict[str, str], text: str) -> str:
+    return re.sub(r"\w+", lambda match: values.get(match[0], match[0]), text)
+
+
+def _canonical(c_type: str, meanings: dict[str, str]) -> str:
+    """The type in its usual spelling, without const and namespaces of the standard."""
+    stars = ""
+    for _ in range(_NESTED):
+        c_type = " ".join(_QUALIFIERS.sub(" ", _STANDARD.sub("", c_type)).split())
+        c_type = re.sub(r"\s*\*\s*", "*", c_type)
+        base = c_type.rstrip("*")
+        stars += c_type[len(base) :]
+        base = _CANONICAL.get(base, base)
+        name = base.rpartition("::")[2]
+        if not name.isidentifier() or name not in meanings:
+            break
+        c_type = meanings[name]
+    return base + stars
 
 
 def _spelled(argument: TemplateArgument) -> str:
