@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbengine.kernels import CompileError
+from nbengine.kernels import CompileError, LaunchError
 from nbengine.kernels.emulator import EmulatedProgram, NoCompiler, build
-from nbengine.kernels.program import Kernel
+from nbengine.kernels.program import MAX_SHARED_BYTES, Kernel
 from nbengine.kernels.source import Source
 from tests.kernels.emulation import floats, ints, kernel, line_of, traced
 
@@ -559,6 +559,32 @@ def test_an_error_in_a_header_is_shown_at_the_headers_own_line(tmp_path: Path) -
         EmulatedProgram(source).kernel("f")
     assert refused.value.diagnostics[0].place.startswith(f"{header}:2:")
     assert "2 | __device__ int broken()" in str(refused.value)
+
+
+def test_a_block_beyond_the_launch_bounds_is_refused_as_on_a_gpu() -> None:
+    text = """
+    template <int kWarps>
+    __global__ void __launch_bounds__(kWarps * 32) kernel() {}
+    """
+    kernel(text, "kernel<2>")[1, 64]()
+    with pytest.raises(LaunchError, match="has 65 threads, and the kernel can be launched with at"):
+        kernel(text, "kernel<2>")[1, 65]
+
+
+def test_static_and_dynamic_shared_memory_share_the_limit() -> None:
+    text = """
+    __global__ void kernel_of_another() { __shared__ float mine[8192]; mine[0] = 1; }
+    template <typename T>
+    __global__ void kernel() {
+      __shared__ T tile[4096];
+      extern __shared__ T rest[];
+      tile[0] = rest[0] = 1;
+    }
+    """
+    most = MAX_SHARED_BYTES - 4096 * 4
+    kernel(text, "kernel<float>")[1, 1, most]()
+    with pytest.raises(LaunchError, match=f"can have 0 to {most:,} here"):
+        kernel(text, "kernel<float>")[1, 1, most + 1]
 
 
 def test_counters_of_a_copy_and_of_a_transpose() -> None:

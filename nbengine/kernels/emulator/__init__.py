@@ -37,8 +37,8 @@ from nbengine.kernels.emulator.listeners import (
     Event,
 )
 from nbengine.kernels.emulator.places import Place, Places
-from nbengine.kernels.program import Kernel, Program
-from nbengine.kernels.source import Source
+from nbengine.kernels.program import MAX_SHARED_BYTES, MAX_THREADS, Kernel, Program
+from nbengine.kernels.source import Source, launch_bound
 
 __all__ = [
     "Counters",
@@ -81,6 +81,8 @@ class EmulatedKernel(Kernel):
         self._source = source
         self._listeners = _CHECKS * checks | _COUNTERS * counters
         self._library = build.compile_kernel(source, expression, bool(self._listeners))
+        self.max_threads = launch_bound(source, expression) or MAX_THREADS
+        self.max_shared_bytes = MAX_SHARED_BYTES - self._library.static_bytes
         self._places = Places(self._library.path, source)
         self._runtime = _runtime()
         loaded = ctypes.CDLL(str(self._library.path))

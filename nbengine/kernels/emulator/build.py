@@ -81,6 +81,8 @@ class Library:
 
     path: Path
     variables: tuple[SharedVariable, ...] = ()
+    static_bytes: int = 0
+    """Of the variables that the kernel itself declares, and not a function that it may call."""
 
 
 def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
@@ -121,7 +123,7 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
             raise CompileError(title, remarks, source.texts, log) from None
 
     library = _made(f"kernel-{key}.so", make)
-    return Library(library, _shared_variables(library, source) if checks else ())
+    return _with_variables(library, source, expression) if checks else Library(library)
 
 
 UNIT = "emulated_kernel.cpp"
@@ -156,8 +158,8 @@ def _located(
     return tuple(kept)
 
 
-def _shared_variables(library: Path, source: Source) -> tuple[SharedVariable, ...]:
-    """The thread-local symbols of the library."""
+def _with_variables(library: Path, source: Source, expression: str) -> Library:
+    """By the thread-local symbols of the library."""
     tool = shutil.which("readelf") or shutil.which("llvm-readelf")
     if tool is None:
         raise NoCompiler(
@@ -172,14 +174,20 @@ def _shared_variables(library: Path, source: Source) -> tuple[SharedVariable, ..
     }
     anchor, _ = symbols.pop("nb_anchor")
     dynamic = _dynamic_shared(source)
-    found = [
-        SharedVariable(
+    found = {
+        symbol: SharedVariable(
             *(_unmangled(symbol), value - anchor, size, symbol in dynamic),
             is_guard=symbol.startswith("_ZGV"),
         )
         for symbol, (value, size) in symbols.items()
-    ]
-    return tuple(sorted(found, key=lambda variable: variable.is_guard))
+    }
+    name = expression.partition("<")[0].strip().rpartition("::")[2]
+    own = re.compile(rf"_ZZ.*(?<!\d){len(name)}{name}")
+    return Library(
+        library,
+        tuple(sorted(found.values(), key=lambda variable: variable.is_guard)),
+        sum(variable.num_bytes for symbol, variable in found.items() if own.match(symbol)),
+    )
 
 
 def _unmangled(symbol: str) -> str:
