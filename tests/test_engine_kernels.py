@@ -3,8 +3,10 @@ everything that a scheduler does to a sequence. On a GPU, and emulated on a CPU.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,42 @@ class TestSwap:
             engine.kernels.swap(op, wrong)
         assert engine.kernels.implementations[list(OPS).index(op)].is_own
         assert self.outputs(engine) == expected[self.FAMILY][:2]
+
+    def test_an_interrupt_while_the_live_calls_are_verified_takes_the_swap_back(
+        self, engine, expected, monkeypatch
+    ):
+        verifying, interrupted = threading.Event(), threading.Event()
+
+        def mine(**arguments: Any) -> None:
+            if engine._thread.is_current:
+                verifying.set()
+                assert interrupted.wait(60)
+            OPS["rms_norm"].reference(**arguments)
+
+        def interrupt(future: Future[Any]) -> None:
+            assert verifying.wait(60)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "result", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.kernels.swap("rms_norm", mine)
+        interrupted.set()
+        assert self.outputs(engine) == expected[self.FAMILY][:2]
+        assert engine.kernels.implementations[list(OPS).index("rms_norm")].is_own
+
+    def test_the_result_says_on_how_many_live_calls_it_agrees(self, engine):
+        def mine(**arguments: Any) -> None:
+            OPS["rms_norm"].reference(**arguments)
+
+        assert engine.kernels.swap("rms_norm", mine).verified.num_live == 2
+
+        def unused(**arguments: Any) -> None:
+            OPS["swap_blocks"].reference(**arguments)
+
+        swapped = engine.kernels.swap("swap_blocks", unused)
+        assert swapped.verified.num_live == 0
+        assert "on no live one: the engine makes none now" in str(swapped)
 
     def test_a_kernel_that_does_not_compile_is_refused(self, engine, expected):
         with pytest.raises(CompileError, match="retrun"):

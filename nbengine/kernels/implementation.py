@@ -81,12 +81,14 @@ def implement(
         checks: emulate with the checks for races, wild accesses and missing barriers.
 
     Raises:
-        ValueError: a string that is none of these.
+        ValueError: a string that is none of these, an `Implementation` of another op.
         FileNotFoundError: no such `.cu`.
         ImportError: an alternative whose package is not installed.
     """
     what = with_text_read(op, what)
     if isinstance(what, Implementation):
+        if what.op.name != op.name:
+            raise ValueError(f"{what} is an implementation of {what.op.name}, not of {op.name}")
         return what
     backend = backend or ("cuda" if device.type == "cuda" else "emulated")
     if what is None:

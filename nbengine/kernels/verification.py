@@ -8,7 +8,7 @@ changed: no input, and nothing between the rows of an output that is a slice.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import torch
@@ -46,6 +46,8 @@ class Verified:
     op: str
     implementation: str
     errors: dict[str, float]
+    num_live: int | None = None
+    """How many of these were calls of an engine; None where no engine was asked."""
 
     @property
     def worst(self) -> float:
@@ -59,11 +61,19 @@ class Verified:
         return [(name, f"{error:.1%}") for name, error in self.errors.items()]
 
     def __repr__(self) -> str:
-        num = len(self.errors)
         return (
-            f"{self.op}: {self.implementation} agrees with the reference on {num} "
-            f"call{'s' * (num != 1)}; the largest error is {self.worst:.0%} of what is allowed"
+            f"{self.op}: {self.implementation} agrees with the reference on {self._calls()}; the "
+            f"largest error is {self.worst:.0%} of what is allowed"
         )
+
+    def _calls(self) -> str:
+        num = len(self.errors) - (self.num_live or 0)
+        calls = f"{num} call{'s' * (num != 1)}"
+        if self.num_live is None:
+            return calls
+        if self.num_live == 0:
+            return f"{calls} of its grid, and on no live one: the engine makes none now"
+        return f"{calls} of its grid and {self.num_live} live"
 
     def _repr_html_(self) -> str:
         calls = table_html(_HEADERS, self._rows())
@@ -108,18 +118,25 @@ def verify_implementation(
     device: torch.device,
     cases: Iterable[Case] | None = None,
     seed: int = 0,
-    live_arguments: Iterable[Arguments] = (),
 ) -> Verified:
-    """`verify` on the op's grid and on the arguments of calls that were made elsewhere."""
+    """`verify` on the op's grid, or on these cases."""
     op = implementation.op
     errors = {}
     for case in op.cases() if cases is None else cases:
         arguments = case.make(torch.Generator(device).manual_seed(seed))
         errors[case.name] = _verify_call(implementation, arguments, case.name)
+    return Verified(op.name, str(implementation), errors)
+
+
+def verify_live(
+    implementation: Implementation, live_arguments: Iterable[Arguments], on_grid: Verified
+) -> Verified:
+    """Check the arguments of an engine's calls too."""
+    errors = {}
     for i, arguments in enumerate(live_arguments):
         name = f"live call {i}"
-        errors[name] = _verify_call(implementation, _poisoned(op, arguments), name)
-    return Verified(op.name, str(implementation), errors)
+        errors[name] = _verify_call(implementation, _poisoned(implementation.op, arguments), name)
+    return replace(on_grid, errors=on_grid.errors | errors, num_live=len(errors))
 
 
 def verify_call(op: Op, program: Program, arguments: Arguments, name: str = "") -> float:
