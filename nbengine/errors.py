@@ -7,9 +7,21 @@ so that code which knows nothing of nbengine does the right thing too.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class NbengineError(Exception):
-    """The base of all errors below."""
+    """The base of all errors below. They can be pickled, whatever their constructors take: for
+    process pools."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[NbengineError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def shown(value: object) -> str:

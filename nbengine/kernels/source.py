@@ -96,6 +96,13 @@ class Source:
     def __post_init__(self) -> None:
         headers = included(self.text, *self._folders)
         object.__setattr__(self, "headers", tuple(headers.items()))
+        for name, text in self.texts.items():
+            before, null, _ = text.partition("\0")
+            if null:
+                place = name, before.count("\n") + 1, len(before.rpartition("\n")[2].encode()) + 1
+                problem = "a null character: to a compiler the text would end here"
+                title = f"{self.name} is not all text"
+                raise CompileError(title, [Diagnostic(*place, "error", problem)], self.texts)
 
     @classmethod
     def read(cls, path: str | Path) -> Source:
@@ -129,6 +136,11 @@ class Source:
     @property
     def _folders(self) -> tuple[Path, ...]:
         return (INCLUDE_ROOT,) if self.folder is None else (self.folder, INCLUDE_ROOT)
+
+
+def is_text(given: object) -> bool:
+    """Whether it is CUDA C itself, and not a path or a name."""
+    return isinstance(given, str) and ("\n" in given or "{" in given)
 
 
 def included(text: str, *folders: Path) -> dict[Path, str]:

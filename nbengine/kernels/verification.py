@@ -19,7 +19,7 @@ from nbengine.kernels.arguments import cloned, span
 from nbengine.kernels.display import table_html, table_text
 from nbengine.kernels.implementation import Implementable, Implementation, implement, op_named
 from nbengine.kernels.op import Arguments, Case, Op, Tolerance
-from nbengine.kernels.program import Program
+from nbengine.kernels.program import Program, kernel_device
 
 
 class Mismatch(NbengineError, AssertionError):
@@ -102,14 +102,17 @@ def verify(
 
     Raises:
         Mismatch: with the first wrong element, its index and both values.
+        InvalidField: kernels can't run on this device, or it is not there.
+        ValueError: no cases, or `what` is nothing that can be verified.
     """
     found = op_named(op)
-    if device is None:
-        if isinstance(what, Program):
-            device = what.device
-        else:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    if cases is not None:
+        cases = list(cases)
+        if not cases:
+            raise ValueError(f"no cases were given: {found.name} would agree with anything on none")
+    if device is None and isinstance(what, Program):
+        device = what.device
+    device = kernel_device(device)
     return verify_implementation(implement(found, what, device, checks=True), device, cases, seed)
 
 

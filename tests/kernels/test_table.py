@@ -58,8 +58,10 @@ def test_an_op_is_bound_once(kernels):
 
 def test_an_unknown_op_is_an_attribute_error_that_lists_the_ops(kernels):
     assert not hasattr(kernels, "rms_nrom")
-    with pytest.raises(UnknownOp, match=r"'rms_nrom'; the ops are .*rms_norm"):
+    with pytest.raises(UnknownOp, match=r"'rms_nrom' \(did you mean 'rms_norm'\?\); the ops are"):
         kernels.rms_nrom()
+    with pytest.raises(UnknownOp, match=r"no op 'softmax'; the ops are .*rms_norm"):
+        kernels.softmax()
 
 
 def test_a_backend_and_a_device_that_do_not_fit_are_refused():
@@ -143,6 +145,12 @@ def test_the_result_says_on_how_many_live_calls_it_agrees(kernels):
     assert told in str(kernels.swap("rms_norm", same, live_arguments=[]))
 
 
+@pytest.mark.parametrize("what", [5, ["rms_norm.cu"], torch.zeros(1)])
+def test_what_can_implement_nothing_is_refused(kernels, what):
+    with pytest.raises(TypeError, match=r"rms_norm can't be implemented by .*: give the path of"):
+        kernels.swap("rms_norm", what)
+
+
 def test_what_runs_another_op_is_refused(kernels):
     other = kernels.implementation("gated_mlp")
     with pytest.raises(ValueError, match="is an implementation of gated_mlp, not of rms_norm"):
@@ -223,6 +231,8 @@ def test_the_list_of_implementations_says_what_runs(kernels):
     assert set(rows) == set(OPS)
     assert not rows["rms_norm"].is_own
     assert "swapped" in str(kernels.implementations)
+    assert repr(kernels.restore("rms_norm")) == "rms_norm: reference (torch)"
+    assert "swapped" not in str(kernels.implementations)
     assert "<td" in kernels.implementations._repr_html_()
 
 
