@@ -44,6 +44,14 @@ def dashboard_of(engine: Engine) -> Dashboard:
         return dashboard
 
 
+def close_dashboard_of(engine: Engine) -> None:
+    """Have the engine's dashboard, if it has one, leave its last picture before this returns."""
+    with _dashboards_lock:
+        dashboard = _dashboards.get(engine)
+    if dashboard is not None:
+        dashboard.close()
+
+
 class Dashboard:
     """What `engine.dashboard()` returns: display it, or print it. It does not keep its engine
     alive; when the engine is closed, the dashboard closes too and leaves its last picture."""

@@ -28,7 +28,7 @@ from nbengine.core.why import Explanation
 from nbengine.engine import Engine
 from nbengine.errors import NbengineError
 from nbengine.jupyter.block_map import BlockMap
-from nbengine.jupyter.dashboard import Dashboard
+from nbengine.jupyter.dashboard import Dashboard, close_dashboard_of
 from nbengine.jupyter.stream import show_stream
 from nbengine.jupyter.views import Steps
 from nbengine.llm import LLM, chat_prompt
@@ -200,6 +200,7 @@ class NbengineMagics(Magics):
             if isinstance(engine, Engine):
                 found = found or not engine.is_closed
                 engine.close()
+                close_dashboard_of(engine)  # the notebook may end with this cell
                 self.shell.drop_by_id({name: value})
         self._names.pop("conversation", None)
         return found

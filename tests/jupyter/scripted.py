@@ -77,6 +77,8 @@ class WordTokenizer(Tokenizer):
 class ScriptedRunner(FakeExecutor):
     """`FakeExecutor` as the engine's runner: slow, held up, or failing, as the test asks."""
 
+    has_lost_device = False
+
     def __init__(self) -> None:
         super().__init__()
         self.seconds_per_step = 0.0

@@ -75,6 +75,18 @@ def test_the_cost_counts_what_is_in_the_window_once_for_a_group() -> None:
     assert cost.flops == 4 * 13 * 6 * 64
 
 
+def test_a_compact_call_has_nan_where_no_sequence_has_a_token() -> None:
+    """Two sequences share a block, of which one has two tokens and the other five."""
+    a = _made(decode.case(torch.float32, (1, 1, 64), 8, (10, 13)))
+    a["k_cache"].fill_(1e30)
+    a["v_cache"].fill_(1e30)
+    a["block_tables"][1, 1] = a["block_tables"][0, 1]
+    compact = decode.compact(a)
+    shared = compact["k_cache"][compact["block_tables"][0, 1], 0, :, 0]
+    assert shared.isnan().tolist() == [False] * 5 + [True] * 3
+    assert compact["k_cache"].isnan().sum() == compact["v_cache"].isnan().sum() == 3 * 64
+
+
 def test_a_compact_call_has_the_used_blocks_alone_and_the_same_result() -> None:
     a = _made(decode.case(torch.float32, (2, 1, 64), 8, (5, 0, 20), spread_rows=True))
     compact = decode.compact(a)

@@ -12,14 +12,24 @@ MAX_GROUP = 16
 
 
 def compact(arguments: Arguments) -> Arguments:
-    """The same call with the blocks alone that its sequences have, renamed."""
+    """The same call with the blocks alone that its sequences have, renamed, and with NaN in the slots
+    that hold no token of theirs."""
     tables, block_size = arguments["block_tables"], arguments["k_cache"].shape[2]
     num_blocks = -(-arguments["seq_lens"] // block_size)
     used = torch.arange(tables.shape[1], device=tables.device) < num_blocks[:, None]
     blocks, renamed = tables[used].unique(return_inverse=True)
     new_tables = torch.zeros_like(tables)
     new_tables[used] = renamed
-    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
+    sequences, columns = used.nonzero(as_tuple=True)
+    slots = torch.arange(block_size, device=tables.device)
+    holds = columns[:, None] * block_size + slots < arguments["seq_lens"][sequences, None]
+    holders = torch.zeros(len(blocks), block_size, dtype=torch.int64, device=tables.device)
+    holders.index_add_(0, renamed, holds.long())  # a block may be shared
+    unused = (holders == 0)[:, None, :, None]
+    caches = {
+        name: arguments[name][blocks].masked_fill_(unused, torch.nan)
+        for name in ("k_cache", "v_cache")
+    }
     return {**arguments, **caches, "block_tables": new_tables}
 
 
