@@ -288,7 +288,7 @@ class _Kernel:
             text = re.sub(
                 r"(?:\w+::)*([A-Za-z_]\w*)", lambda match: f"({meanings.get(match[1])})", text
             )
-        if not re.fullmatch(r"[\d\s()+*/-]+", text):
+        if not re.fullmatch(r"[\d\s()+*/-]+", text) or "**" in text:
             return None
         try:
             return int(eval(text.replace("/", "//")))
