@@ -167,6 +167,59 @@ def test_dynamic_shared_memory_of_any_type(checks: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    "declared",
+    [
+        "extern __shared__ int row[];",
+        "__shared__ extern int row[];",
+        "extern volatile __shared__ int row[];",
+        "extern __align__(16) __shared__ int row[];",
+        "extern __shared__ int before[], row[];",
+        "extern __shared__ int rows[][32]; int* row = rows[0];",
+        "DYNAMIC(int, row)",
+        "int* row = outer::shared<int>();",
+    ],
+)
+@pytest.mark.parametrize("space", ["namespace", "namespace inner"])
+def test_dynamic_shared_memory_however_it_is_declared(declared: str, space: str) -> None:
+    text = """
+    #define DYNAMIC(T, name) extern __shared__ T name[];
+    namespace outer {
+    template <typename T>
+    __device__ T* shared() {
+      extern __shared__ __align__(16) unsigned char bytes[];
+      return reinterpret_cast<T*>(bytes);
+    }
+    }
+    SPACE {
+    __global__ void kernel(int* out) {
+      DECLARED
+      row[threadIdx.x] = threadIdx.x;
+      __syncthreads();
+      out[threadIdx.x] = row[31 - threadIdx.x];
+    }
+    }
+    """.replace("DECLARED", declared).replace("SPACE", space)
+    out = ints(32)
+    kernel(text, "inner::kernel" if "inner" in space else "kernel")[1, 32, 128](out)
+    assert out.tolist() == list(range(31, -1, -1))
+
+
+def test_two_names_of_dynamic_shared_memory_are_one_memory() -> None:
+    text = """
+    extern __shared__ int all[];
+    __global__ void kernel(int* out) {
+      extern __shared__ int mine[];
+      all[threadIdx.x] = 7;
+      __syncthreads();
+      out[threadIdx.x] = mine[31 - threadIdx.x];
+    }
+    """
+    out = ints(32)
+    kernel(text)[1, 32, 128](out)
+    assert out.tolist() == [7] * 32
+
+
+@pytest.mark.parametrize(
     ("call", "source"),
     [
         ("__shfl_sync(0xffffffffu, x, 3)", lambda lane: 3),
@@ -404,6 +457,15 @@ def test_a_compile_error_shows_the_users_own_line() -> None:
     (diagnostic, *_) = caught.value.diagnostics
     assert (diagnostic.file, diagnostic.line) == ("planted.cu", line_of(text))
     assert "out[threadIdx.x] = undeclared" in str(caught.value)
+
+
+def test_a_function_that_is_declared_alone_is_a_compile_error(checks: bool) -> None:
+    text = """
+    __device__ int missing(int x);
+    __global__ void kernel(int* out) { out[threadIdx.x] = missing(1); }
+    """
+    with pytest.raises(CompileError, match=r"missing\(int\) is used, and neither"):
+        kernel(text, checks=checks)
 
 
 def test_inline_ptx_is_refused_with_what_to_do() -> None:

@@ -149,6 +149,23 @@ def test_atomics_on_shared_memory() -> None:
     assert torch.equal(out.long(), torch.bincount(x % 8, minlength=8))
 
 
+def test_shared_memory_that_memset_and_memcpy_fill() -> None:
+    text = """
+    __global__ void kernel(int* out, const int* x) {
+      __shared__ int sums[32], row[256];
+      if (threadIdx.x == 0) memset(sums, 0, sizeof(sums));
+      memcpy(&row[8 * threadIdx.x], &x[8 * threadIdx.x], 32);
+      __syncthreads();
+      atomicAdd(&sums[threadIdx.x % 4], row[255 - 8 * threadIdx.x]);
+      __syncthreads();
+      out[threadIdx.x] = sums[threadIdx.x];
+    }
+    """
+    out = ints(32)
+    kernel(text)[1, 32](out, torch.ones(256, dtype=torch.int32))
+    assert out.tolist() == [8] * 4 + [0] * 28
+
+
 def test_the_last_block_finishes_what_all_began() -> None:
     text = """
     __global__ void kernel(float* out, float* partials, int* arrived) {

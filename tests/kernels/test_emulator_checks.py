@@ -209,6 +209,20 @@ def test_dynamic_shared_memory_ends_where_the_launch_says() -> None:
     assert "pool[63]" in str(error)
 
 
+@pytest.mark.parametrize(
+    "used", ["row[threadIdx.x]", "*(row + threadIdx.x % 7)", "atomicAdd(row, 1)"]
+)
+def test_shared_memory_that_no_line_writes_is_uninitialised(used: str) -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int row[64];
+      out[threadIdx.x] = USED;  // here
+    }
+    """.replace("USED", used)
+    error = accused(text, 1, 64, ints(64), kind="uninitialised")
+    assert "row[0], which nothing in this block has written" in str(error)
+
+
 def test_shared_memory_that_nothing_wrote_is_uninitialised() -> None:
     text = """
     __global__ void kernel(float* out) {
@@ -389,6 +403,33 @@ def test_a_wrong_copy_of_bytes_is_out_of_bounds() -> None:
     }
     """
     accused(text, 1, 1, floats(8), torch.ones(7), 8, kind="out of bounds")
+
+
+@pytest.mark.parametrize("bytes_", [8, 24, 32, 64])
+def test_a_copy_of_a_size_that_the_compiler_knows_is_looked_at(bytes_: int) -> None:
+    text = """
+    __global__ void kernel(char* out, const char* x) {
+      CALL;  // here
+    }
+    """
+    size = str(bytes_)
+    for call in ("memcpy(out, x, SIZE)", "memmove(out, x, SIZE)", "std::memset(out, 0, SIZE)"):
+        of_size = text.replace("CALL", call.replace("SIZE", size))
+        out = torch.zeros(bytes_ - 1, dtype=torch.int8)
+        x = torch.zeros(bytes_, dtype=torch.int8)
+        error = accused(of_size, 1, 1, out, x, kind="out of bounds")
+        assert f"writes {bytes_} bytes at out[0]" in str(error)
+
+
+def test_a_race_through_a_copy_is_caught() -> None:
+    text = """
+    __global__ void kernel(int* out, const int* x) {
+      __shared__ int row[256];
+      memcpy(&row[8 * threadIdx.x], &x[8 * threadIdx.x], 32);  // there
+      out[threadIdx.x] = row[255 - 8 * threadIdx.x];  // here
+    }
+    """
+    accused(text, 1, 32, ints(32), ints(256), kind="race")
 
 
 def test_after_an_error_the_same_kernel_runs_again() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
 from nbengine.errors import NbengineError
-from nbengine.kernels.diagnostics import CompileError, parse_gcc
+from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_gcc
 from nbengine.kernels.program import MAX_SHARED_BYTES
 from nbengine.kernels.source import INCLUDE_ROOT, Source
 
@@ -50,9 +50,12 @@ _CHECKED = (
     "-g1",
     "-fsanitize=thread",  # calls the runtime before every access to memory
     "-fsanitize=alignment,bounds,integer-divide-by-zero",
+    # Expanded in place, a copy of more than 16 bytes would be announced to nobody.
+    *("-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset"),
 )
 _ONLY_GCC = (
     "-fno-gnu-unique",  # else two versions of a kernel would share variables
+    "-fno-extern-tls-init",  # shared memory has no constructors
     # With checks, nothing that reads memory where the source does not.
     *("-fno-tree-loop-im", "-fno-ssa-phiopt"),
 )
@@ -95,25 +98,29 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     wrapped = _WRAPPED if checks and sys.platform != "darwin" else ()
 
     def make(target: Path) -> None:
-        unit, compiled = target.with_name(UNIT), str(target.with_name("kernel.o"))
+        unit, compiled = target.with_name(UNIT), target.with_name("kernel.o")
         unit.write_text(text)
-        storage = target.with_name("storage.cpp")
-        storage.write_text(_storage(source))
         try:
             _run(
-                *flags, *include, "-include", str(_prelude(flags)), "-c", str(unit), "-o", compiled
+                *(*flags, *include, "-include", str(_prelude(flags))),
+                *("-c", str(unit), "-o", str(compiled)),
             )
-            _run(*_COMMON, "-c", str(storage), "-o", f"{compiled}2")
-            _run(compiled, f"{compiled}2", str(runtime()), *wrapped, "-shared", "-o", str(target))
+            objects = [str(compiled)]
+            if names := _dynamic_shared(compiled):
+                storage = target.with_name("storage.cpp")
+                storage.write_text(_storage(names))
+                objects.append(str(target.with_name("storage.o")))
+                _run(*_COMMON, "-c", str(storage), "-o", objects[-1])
+            _run(*objects, str(runtime()), *wrapped, *_LINKED, "-o", str(target))
         except _Refused as refused:
             title = f"{source.name}: {expression} does not compile for the emulator"
-            said = parse_gcc(str(refused))
+            said = parse_gcc(str(refused)) or _undefined(str(refused), source)
             said = tuple(replace(d, message=_NO_PTX) if "poison" in d.message else d for d in said)
             texts = {source.name: source.text}
             raise CompileError(title, said, texts, str(refused)) from None
 
     library = _made(f"kernel-{key}.so", make)
-    return Library(library, _shared_variables(library, source) if checks else ())
+    return Library(library, _shared_variables(library) if checks else ())
 
 
 UNIT = "emulated_kernel.cpp"
@@ -124,32 +131,75 @@ _NO_PTX = (
     "where NB_EMULATOR is defined, as cuda/include/nb/fast_math.cuh does"
 )
 _WRAPPED = tuple(f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset"))
+_LINKED = ("-shared", *(() if sys.platform == "darwin" else ("-Wl,-z,defs",)))
 
 
-def _shared_variables(library: Path, source: Source) -> tuple[SharedVariable, ...]:
-    """The thread-local symbols of the library."""
+def _undefined(log: str, source: Source) -> tuple[Diagnostic, ...]:
+    """What the linker misses, each once."""
+    missing = {match["name"]: match["line"] for match in _UNDEFINED.finditer(log)}
+    return tuple(
+        Diagnostic(source.name, int(line) if line else None, None, "error",
+                   f"{name} is used, and neither the source nor a header of it defines it")
+        for name, line in missing.items()
+    )  # fmt: skip
+
+
+_UNDEFINED = re.compile(r"(?::(?P<line>\d+))?:[^:\n]* undefined reference to [`'](?P<name>.*)'")
+
+
+def _dynamic_shared(compiled: Path) -> tuple[str, ...]:
+    """The symbols of what the source and its headers declare `extern __shared__`, by whatever words:
+    thread-local, and not defined."""
+    if sys.platform == "darwin":
+        return ()
+    return tuple(name for name, (at, _) in _thread_local_symbols(compiled).items() if at is None)
+
+
+def _storage(names: tuple[str, ...]) -> str:
+    """A second unit: the dynamic shared memory, which all these symbols stand for."""
+    return f"""
+extern "C" alignas(1024) thread_local unsigned char {_DYNAMIC}[{MAX_SHARED_BYTES}] = {{}};
+""" + "".join(
+        f'extern "C" thread_local unsigned char nb_name_{i}[] __asm__("{name}") '
+        f'__attribute__((alias("{_DYNAMIC}")));\n'
+        for i, name in enumerate(names)
+    )
+
+
+_DYNAMIC = "nb_dynamic_shared"
+
+
+def _shared_variables(library: Path) -> tuple[SharedVariable, ...]:
+    """Of several names for the dynamic shared memory, one."""
+    symbols = _thread_local_symbols(library)
+    anchor, _ = symbols.pop("nb_anchor")
+    dynamic, _ = symbols.pop(_DYNAMIC, (None, 0))
+    assert anchor is not None
+    found = {
+        at: SharedVariable(
+            *(_unmangled(symbol), at - anchor, size, at == dynamic),
+            is_guard=symbol.startswith("_ZGV"),
+        )
+        for symbol, (at, size) in symbols.items()
+        if at is not None
+    }
+    return tuple(sorted(found.values(), key=lambda variable: variable.is_guard))
+
+
+def _thread_local_symbols(path: Path) -> dict[str, tuple[int | None, int]]:
+    """By name, the place (None where it is not defined) and the size."""
     tool = shutil.which("readelf") or shutil.which("llvm-readelf")
     if tool is None:
         raise NoCompiler(
-            "the emulator's checks read a kernel's variables with readelf, which is not on the PATH: "
+            "the emulator reads a kernel's variables with readelf, which is not on the PATH: "
             "install binutils (on Linux)"
         )
-    output = subprocess.run([tool, "-sW", str(library)], capture_output=True, text=True, check=True)
-    symbols = {
-        fields[7]: (int(fields[1], 16), int(fields[2], 0))
+    output = subprocess.run([tool, "-sW", str(path)], capture_output=True, text=True, check=True)
+    return {
+        fields[7]: (None if fields[6] == "UND" else int(fields[1], 16), int(fields[2], 0))
         for fields in map(str.split, output.stdout.splitlines())
-        if len(fields) == 8 and fields[3] == "TLS" and fields[6] != "UND"
+        if len(fields) == 8 and fields[3] == "TLS"
     }
-    anchor, _ = symbols.pop("nb_anchor")
-    dynamic = _dynamic_shared(source)
-    found = [
-        SharedVariable(
-            *(_unmangled(symbol), value - anchor, size, symbol in dynamic),
-            is_guard=symbol.startswith("_ZGV"),
-        )
-        for symbol, (value, size) in symbols.items()
-    ]
-    return tuple(sorted(found, key=lambda variable: variable.is_guard))
 
 
 def _unmangled(symbol: str) -> str:
@@ -195,23 +245,6 @@ def _translation_unit(source: Source, expression: str) -> str:
     )
 
 
-def _storage(source: Source) -> str:
-    """A second unit: what the names of dynamic shared memory stand for, of whatever type they were
-    declared, and the initialisation that C++ expects of a thread_local defined elsewhere."""
-    return "".join(
-        f"alignas(1024) thread_local unsigned char {name}[{MAX_SHARED_BYTES}];\n"
-        f'extern "C" void _ZTH{len(name)}{name}() {{}}\n'
-        for name in _dynamic_shared(source)
-    )
-
-
-def _dynamic_shared(source: Source) -> tuple[str, ...]:
-    """The names that the source declares `extern __shared__`."""
-    return tuple(dict.fromkeys(_DYNAMIC_SHARED.findall(_without_comments(source.text))))
-
-
-_DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\b[^;]*?\b(\w+)\s*\[\s*\]\s*;")
-
 _ENTRY = """
 #define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
 
@@ -248,10 +281,6 @@ NB_EXPORTED void nb_thread_main(const void* arguments) { nb_call(&KERNEL, argume
 thread_local char nb_anchor;
 NB_EXPORTED char* nb_shared_anchor() { return &nb_anchor; }
 """
-
-
-def _without_comments(text: str) -> str:
-    return re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
 
 
 @functools.cache

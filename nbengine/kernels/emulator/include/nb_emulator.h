@@ -23,9 +23,21 @@
 
 #include <vector_types.h>
 
+// NVIDIA's headers take numbers apart with memcpy, between variables of their own. Those copies the
+// compiler may do in place; a kernel's are calls, so that they can be looked at.
+namespace std {
+__forceinline__ void* nb_memcpy(void* target, const void* source, size_t bytes) {
+  return __builtin_memcpy(target, source, bytes);
+}
+}  // namespace std
+using std::nb_memcpy;
+#define memcpy nb_memcpy
+
 #include <cuda_fp16.h>
 
 #include <cuda_bf16.h>
+
+#undef memcpy
 
 constexpr int warpSize = 32;
 
