@@ -231,6 +231,9 @@ def test_two_names_of_dynamic_shared_memory_are_one_memory() -> None:
         ("__shfl_down_sync(0xffffffffu, x, 1, 4)", lambda i: i + 1 if i % 4 < 3 else i),
         ("__shfl_xor_sync(0xffffffffu, x, 16)", lambda lane: lane ^ 16),
         ("__shfl_xor_sync(0xffffffffu, x, 1, 2)", lambda lane: lane ^ 1),
+        ("__shfl_xor_sync(0xffffffffu, x, -1)", lambda lane: 31 - lane),
+        ("__shfl_up_sync(0xffffffffu, x, 33)", lambda lane: max(lane - 1, 0)),
+        ("__shfl_down_sync(0xffffffffu, x, 32)", lambda lane: lane),
     ],
 )
 def test_shuffles(call: str, source: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbengine.kernels.emulator import build
+from nbengine.kernels.emulator import EmulationError, build
 from tests.kernels.emulation import accused, floats, ints, kernel, line_of
 
 
@@ -336,6 +336,28 @@ def test_a_shuffle_from_a_lane_that_has_exited_is_caught() -> None:
     error = accused(text, 1, 32, ints(32), kind="inactive lane")
     assert error.thread == (30, 0, 0)
     assert "lane 31" in str(error)
+
+
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize("call", ["nb::ldmatrix_x4(a, row)", "nb::mma_m16n8k16<__half>(d, a, b)"])
+@pytest.mark.parametrize(("block", "n"), [(16, 16), (32, 16)])
+def test_fragments_need_every_lane_of_the_warp(call: str, block: int, n: int, checks: bool) -> None:
+    text = """
+    #include "nb/mma.cuh"
+    __global__ void kernel(float* out, int n) {
+      __shared__ __align__(16) unsigned row[4];
+      if (threadIdx.x >= n) return;
+      for (int i = 0; i < 4; ++i) row[i] = 0;
+      float d[4] = {};
+      nb::uint32 a[4] = {}, b[2] = {};
+      __syncwarp();
+      CALL;  // here
+      out[threadIdx.x] = d[0] + a[0];
+    }
+    """.replace("CALL", call)
+    with pytest.raises(EmulationError, match="all 32 lanes of the warp, and lane 31") as caught:
+        kernel(text, checks=checks)[1, block](floats(32), n)
+    assert (caught.value.kind, caught.value.line) == ("inactive lane", line_of(text))
 
 
 def test_a_shuffle_from_a_lane_outside_the_mask_is_caught() -> None:
