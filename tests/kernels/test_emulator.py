@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -431,6 +437,89 @@ def test_blocks_share_nothing() -> None:
     out = ints(64, 32)
     kernel(text, checks=False)[64, 32](out)
     assert torch.equal(out, torch.arange(64, dtype=torch.int32)[:, None].expand(64, 32))
+
+
+def test_a_thread_may_have_half_a_mebibyte_of_local_memory(checks: bool) -> None:
+    text = """
+    __global__ void kernel(int* out, int step) {
+      volatile int local[131072];
+      for (int i = 0; i < 131072; i += step) local[i] = i;
+      __syncthreads();
+      out[threadIdx.x] = local[131072 - step * (threadIdx.x + 1)];
+    }
+    """
+    out = ints(64)
+    kernel(text, checks=checks)[2, 64](out, 1024)
+    assert out.tolist() == [131072 - 1024 * (i + 1) for i in range(64)]
+
+
+def test_more_stacks_than_a_process_may_have_mappings_are_not_made() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __syncthreads();
+      atomicAdd(out, 1);
+    }
+    """
+    out, before = torch.zeros(1, dtype=torch.int32), torch.get_num_threads()
+    torch.set_num_threads(64)
+    try:
+        kernel(text, checks=False)[128, 1024](out)
+    finally:
+        torch.set_num_threads(before)
+    assert out.item() == 128 * 1024
+
+
+SPIN = """
+__global__ void kernel(int* out) {
+  __shared__ volatile int flag;
+  if (threadIdx.x == 0) flag = 0;
+  __syncthreads();
+  while (flag == 0) AND_MEET;
+  out[0] = flag;
+}
+"""
+
+
+@contextlib.contextmanager
+def interrupted_soon() -> Iterator[None]:
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        timer.join()
+
+
+@pytest.mark.parametrize(("meet", "with_checks"), [("", True), ("__syncthreads()", False)])
+def test_an_interrupt_ends_a_launch_that_would_not_end(meet: str, with_checks: bool) -> None:
+    spin = kernel(SPIN.replace("AND_MEET", meet), checks=with_checks)
+    handler = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with interrupted_soon():
+            spin[3, 32](ints(1))
+    assert signal.getsignal(signal.SIGINT) is handler
+    out = ints(32)
+    kernel("__global__ void kernel(int* out) { out[threadIdx.x] = 3; }")[1, 32](out)
+    assert out.tolist() == [3] * 32
+
+
+def test_an_interrupt_does_not_reach_a_launch_on_another_thread() -> None:
+    text = """
+    __global__ void kernel(int* done, int* go) {
+      while (atomicAdd(go, 0) == 0) __syncthreads();
+      done[0] = 1;
+    }
+    """
+    done, go = ints(1), torch.zeros(1, dtype=torch.int32)
+    launch = kernel(text)[1, 32]
+    launcher = threading.Thread(target=launch, args=(done, go))
+    launcher.start()
+    with interrupted_soon():
+        time.sleep(60)
+    go.fill_(1)
+    launcher.join()
+    assert done.item() == 1
 
 
 def test_two_versions_of_a_kernel_do_not_share_their_variables() -> None:

@@ -384,6 +384,27 @@ def test_a_misaligned_pack_is_caught() -> None:
     assert "x[1]" in str(error)
 
 
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize("words", [16, 500_000])
+def test_a_stack_that_overflows_ends_the_launch_alone(words: int, checks: bool) -> None:
+    text = """
+    __device__ __noinline__ int deeper(int n) {
+      volatile int local[WORDS];
+      local[n % WORDS] = n;
+      return n < 0 ? 0 : deeper(n + 1) + local[n % WORDS];
+    }
+    __global__ void kernel(int* out, int n) {
+      __syncthreads();
+      out[threadIdx.x] = threadIdx.x == 40 ? deeper(n) : threadIdx.x;
+    }
+    """.replace("WORDS", str(words))
+    deep = kernel(text, checks=checks)
+    for _ in range(2):
+        with pytest.raises(EmulationError, match="more than 960 KiB for its local") as caught:
+            deep[5, 64](ints(64), 1)
+        assert (caught.value.kind, caught.value.thread) == ("stack overflow", (40, 0, 0))
+
+
 def test_a_division_by_zero_is_caught() -> None:
     text = """
     __global__ void kernel(int* out, int n) {

@@ -56,6 +56,7 @@ _CHECKED = (
 _ONLY_GCC = (
     "-fno-gnu-unique",  # else two versions of a kernel would share variables
     "-fno-extern-tls-init",  # shared memory has no constructors
+    "-fstack-clash-protection",  # no frame reaches over the guard of a stack
     # With checks, nothing that reads memory where the source does not.
     *("-fno-tree-loop-im", "-fno-ssa-phiopt"),
 )

@@ -71,6 +71,19 @@ class Block {
   // `pc`. The block is left as it stands.
   [[noreturn]] void fail(const Thread& thread, Place place, const void* pc, Error error);
 
+  // Ends the launch if it is to stop, or the current thread if its stack is as good as full. To be
+  // asked wherever the kernel calls.
+  void check_in(const void* pc = nullptr) {
+    if (stopping()) leave();
+    if (!current->fiber->has_room_below(__builtin_frame_address(0))) overflowed(pc);
+  }
+  bool stopping() const { return stop_.load(std::memory_order_relaxed); }
+  // Back to the caller of run(). What the fibers did is forgotten with their stacks.
+  [[noreturn]] void leave();
+  // The current thread has used up its stack.
+  [[noreturn]] void overflowed(const void* pc);
+  const Fiber& running_fiber() const { return *fiber_; }
+
   // An error that may yet show itself as a race, which says more: at the next barrier, the block's
   // end, or in place of an error that may follow from it. The first is kept.
   void suspect(const Access& access, Error error);
@@ -107,6 +120,7 @@ class Block {
   [[noreturn]] void deadlock();
   void settle();
 
+  const std::atomic<bool>& stop_;
   ListenerList listeners_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> idle_;

@@ -16,6 +16,7 @@ __attribute__((always_inline)) inline void announce(const void* address, size_t 
   if (block == nullptr || block->executing_warp >= 0) return;
   Thread* thread = block->current;
   if (thread->fiber->holds(address)) return;  // its own local variables
+  if (block->stopping()) block->leave();
   block->access(thread, address, bytes, kind, pc);
 }
 
@@ -44,7 +45,9 @@ NB_ACCESSES(16)
 NB_HOOK __tsan_read_range(void* a, size_t bytes) { announce(a, bytes, Access::kRead, NB_PC); }
 NB_HOOK __tsan_write_range(void* a, size_t bytes) { announce(a, bytes, Access::kWrite, NB_PC); }
 NB_HOOK __tsan_init() {}
-NB_HOOK __tsan_func_entry(void*) {}
+NB_HOOK __tsan_func_entry(void*) {
+  if (running_block != nullptr) running_block->check_in(NB_PC);
+}
 NB_HOOK __tsan_func_exit() {}
 NB_HOOK __tsan_vptr_update(void**, void*) {}
 NB_HOOK __tsan_vptr_read(void**) {}

@@ -42,6 +42,7 @@ struct LaunchRequest {
   uint32_t num_os_threads;
   uint32_t listeners;      // of the enum
   unsigned traced_block[3];
+  uint32_t is_interruptible;  // by SIGINT, which Python hears on its main thread
 };
 
 // What ended a launch. `message` may hold {address} and {other}, which Python puts into words.
@@ -76,18 +77,20 @@ struct Recorded {
 };
 
 struct Grid {
-  explicit Grid(const LaunchRequest& request) : request(request) {}
+  Grid(const LaunchRequest& request, std::atomic<bool>& stop) : request(request), stop(stop) {}
 
   // The first error is kept.
   void fail(Error given) {
     const std::lock_guard lock(mutex);
-    if (!failed.exchange(true)) error = std::move(given);
+    if (!failed) error = std::move(given);
+    failed = stop = true;
   }
 
   const LaunchRequest& request;
+  std::atomic<bool>& stop;  // asks all blocks to leave
   std::atomic<uint64_t> next_block{0};
-  std::atomic<bool> failed{false};
   std::mutex mutex;  // of what follows
+  bool failed = false;
   Error error;
   std::string printed;
   Counts counts{};
