@@ -94,6 +94,90 @@ def test_a_plain_access_beside_an_atomic_one_is_a_race() -> None:
     assert "atomically changes" in str(error)
 
 
+def test_atomics_of_other_warps_are_not_ordered_by_a_syncwarp() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int count;
+      if (threadIdx.x == 0) count = 0;
+      __syncthreads();
+      atomicAdd(&count, 1);  // there
+      __syncwarp();
+      if (threadIdx.x == 127) out[0] = count;  // here
+    }
+    """
+    error = accused(text, 1, 128, ints(1), kind="race")
+    assert "which thread (95, 0, 0)" in str(error)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["__ballot_sync(~0u, 1)", "__shfl_xor_sync(~0u, 1, 1)", "__reduce_add_sync(~0u, 1)"],
+)
+def test_shuffles_and_votes_order_no_memory(operation: str) -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int row[32];
+      row[threadIdx.x] = threadIdx.x;  // there
+      out[threadIdx.x] = OPERATION;
+      out[threadIdx.x] = row[threadIdx.x ^ 1];  // here
+    }
+    """.replace("OPERATION", operation)
+    accused(text, 1, 32, ints(32), kind="race")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", "__threadfence_block();"), ("if (warp == 9) __threadfence_block();", "")],
+)
+def test_atomics_without_a_fence_before_them_order_nothing(before: str, after: str) -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int parts[2], done;
+      const int warp = threadIdx.x / 32;
+      if (threadIdx.x == 0) done = 0;
+      __syncthreads();
+      if (threadIdx.x % 32 == 0) {
+        parts[warp] = warp;  // there
+        BEFORE
+        const bool last = atomicAdd(&done, 1) == 1;
+        AFTER
+        if (last) out[0] = parts[1 - warp];  // here
+      }
+    }
+    """.replace("BEFORE", before).replace("AFTER", after)
+    accused(text, 1, 64, ints(1), kind="race")
+
+
+def test_what_follows_a_fence_is_not_ordered_by_it() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int part, done;
+      if (threadIdx.x == 0) done = 0;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        __threadfence_block();
+        part = 7;  // there
+        atomicAdd(&done, 1);
+      }
+      if (threadIdx.x == 32 && atomicAdd(&done, 0) == 1) out[0] = part;  // here
+    }
+    """
+    accused(text, 1, 64, ints(1), kind="race")
+
+
+def test_the_first_of_neighbours_is_named_by_its_own_name() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int before[4], row[4], behind[4];
+      before[threadIdx.x] = behind[threadIdx.x] = 0;
+      __syncthreads();
+      out[threadIdx.x] = before[0] + row[0] + behind[0];  // here
+    }
+    """
+    error = accused(text, 1, 4, ints(4), kind="uninitialised")
+    assert "row[0]" in str(error)
+
+
 def test_a_barrier_in_one_branch_is_divergence() -> None:
     text = """
     __global__ void kernel(int* out) {
@@ -403,6 +487,29 @@ def test_a_stack_that_overflows_ends_the_launch_alone(words: int, checks: bool) 
         with pytest.raises(EmulationError, match="more than 960 KiB for its local") as caught:
             deep[5, 64](ints(64), 1)
         assert (caught.value.kind, caught.value.thread) == ("stack overflow", (40, 0, 0))
+
+
+def test_a_misaligned_atomic_is_caught() -> None:
+    text = """
+    __global__ void kernel(char* out) {
+      atomicAdd(reinterpret_cast<int*>(out + threadIdx.x), 1);  // here
+    }
+    """
+    error = accused(text, 1, 2, torch.zeros(8, dtype=torch.int8), kind="misaligned")
+    assert error.thread == (1, 0, 0) and "out[1]" in str(error)
+
+
+def test_a_part_of_a_pack_that_nothing_wrote_is_uninitialised() -> None:
+    text = """
+    __global__ void kernel(float4* out) {
+      __shared__ __align__(16) float row[8];
+      if (threadIdx.x != 3) row[threadIdx.x] = 1.0f;
+      __syncthreads();
+      out[threadIdx.x] = reinterpret_cast<float4*>(row)[threadIdx.x % 2];  // here
+    }
+    """
+    error = accused(text, 1, 8, floats(8, 4), kind="uninitialised")
+    assert "row[3]" in str(error)
 
 
 def test_a_division_by_zero_is_caught() -> None:

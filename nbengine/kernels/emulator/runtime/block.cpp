@@ -219,7 +219,10 @@ void Block::finish(Group& group, int warp) {
     group.execute(group.lanes);
     executing_warp = -1;
   }
-  for (auto& listener : listeners_) listener->warp_operation(*this, warp, group.arrived);
+  const bool orders_memory = group.execute == nullptr;
+  for (auto& listener : listeners_) {
+    listener->warp_operation(*this, warp, group.arrived, orders_memory);
+  }
   for (unsigned lanes = group.arrived; lanes != 0; lanes &= lanes - 1) {
     Thread& thread = lane_of(warp, __builtin_ctz(lanes));
     thread.state = Thread::kRunning;
@@ -258,6 +261,10 @@ void Block::arrive(Thread& thread, int groups_before) {
     }
   }
   thread.copies.resize(kept);
+}
+
+void Block::fence() {
+  for (auto& listener : listeners_) listener->fence(*this, *current);
 }
 
 void Block::access(Thread* thread, const void* address, size_t bytes, Access::Kind kind,

@@ -64,6 +64,8 @@ class Block {
   void async_commit() { ++current->committed_groups; }
   void async_wait(int groups_in_flight);
 
+  void fence();
+
   // Tells the listeners of an access.
   void access(Thread* thread, const void* address, size_t bytes, Access::Kind kind, const void* pc);
 
