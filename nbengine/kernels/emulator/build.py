@@ -94,6 +94,7 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     headers = "".join(f"{path}\0{text}" for path, text in source.headers())
     key = _key(text, headers, str(source.folder), *flags)
     include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *_nvidia_headers())]
+    include += [f"-I{path / 'cccl'}" for path in _nvidia_headers()]
     if source.folder is not None:
         include.append(f"-iquote{source.folder}")
     wrapped = _WRAPPED if checks and sys.platform != "darwin" else ()
@@ -115,8 +116,11 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
             _run(*objects, str(runtime()), *wrapped, *_LINKED, "-o", str(target))
         except _Refused as refused:
             title = f"{source.name}: {expression} does not compile for the emulator"
-            said = parse_gcc(str(refused)) or _undefined(str(refused), source)
-            said = tuple(replace(d, message=_NO_PTX) if "poison" in d.message else d for d in said)
+            log = str(refused)
+            said = parse_gcc(log) or _assembled(log) or _undefined(log, source)
+            said = tuple(
+                replace(d, message=_NO_PTX) if re.search(r"\basm\b", d.message) else d for d in said
+            )
             texts = {source.name: source.text}
             raise CompileError(title, said, texts, str(refused)) from None
 
@@ -133,6 +137,17 @@ _NO_PTX = (
 )
 _WRAPPED = tuple(f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset"))
 _LINKED = ("-shared", *(() if sys.platform == "darwin" else ("-Wl,-z,defs",)))
+
+
+def _assembled(log: str) -> tuple[Diagnostic, ...]:
+    """What the assembler did not take: PTX, in all likelihood."""
+    return tuple(
+        Diagnostic(match["file"], int(match["line"]), None, "error", f"asm: {match['message']}")
+        for match in _ASSEMBLER.finditer(log)
+    )
+
+
+_ASSEMBLER = re.compile(r"^(?P<file>.+):(?P<line>\d+): Error: (?P<message>.*)$", re.MULTILINE)
 
 
 def _undefined(log: str, source: Source) -> tuple[Diagnostic, ...]:
@@ -223,10 +238,13 @@ def runtime() -> Path:
         *("-ftls-model=initial-exec", "-fno-semantic-interposition"),
         *(() if sys.platform == "darwin" else ("-Wl,-Bsymbolic",)),
     )
-    return _made(
-        f"runtime-{_key(*flags)}.so",
-        lambda target: _run(*flags, *sources, "-o", str(target)),
-    )
+    name = f"runtime-{_key(*flags)}.so"
+    if sys.platform != "darwin":
+        flags = (
+            *flags,
+            f"-Wl,-soname,{name}",
+        )  # kernels ask for the one that is loaded, by its name
+    return _made(name, lambda target: _run(*flags, *sources, "-o", str(target)))
 
 
 def _prelude(flags: tuple[str, ...]) -> Path:
@@ -250,34 +268,34 @@ _ENTRY = """
 #define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
 
 struct nb_argument {
-  long long integer;
-  double real;
+  long long nb_integer;
+  double nb_real;
 };
 
-template <typename P>
-__attribute__((no_sanitize("thread"))) P nb_unpacked(const nb_argument& argument) {
-  if constexpr (std::is_pointer_v<P>) {
-    return reinterpret_cast<P>(argument.integer);
-  } else if constexpr (std::is_integral_v<P> || std::is_enum_v<P>) {
-    return static_cast<P>(argument.integer);
+template <typename NbP>
+__attribute__((no_sanitize("thread"))) NbP nb_unpacked(const nb_argument& nb_given) {
+  if constexpr (std::is_pointer_v<NbP>) {
+    return reinterpret_cast<NbP>(nb_given.nb_integer);
+  } else if constexpr (std::is_integral_v<NbP> || std::is_enum_v<NbP>) {
+    return static_cast<NbP>(nb_given.nb_integer);
   } else {
-    return static_cast<P>(argument.real);
+    return static_cast<NbP>(nb_given.nb_real);
   }
 }
 
-template <typename... P, size_t... i>
-__attribute__((no_sanitize("thread"))) void nb_call(void (*kernel)(P...),
-                                                    const nb_argument* arguments,
-                                                    std::index_sequence<i...>) {
-  kernel(nb_unpacked<std::remove_cv_t<P>>(arguments[i])...);
+template <typename... NbP, size_t... nb_i>
+__attribute__((no_sanitize("thread"))) void nb_call(void (*nb_kernel)(NbP...),
+                                                    const nb_argument* nb_arguments,
+                                                    std::index_sequence<nb_i...>) {
+  nb_kernel(nb_unpacked<std::remove_cv_t<NbP>>(nb_arguments[nb_i])...);
 }
 
-template <typename... P>
-__attribute__((no_sanitize("thread"))) void nb_call(void (*kernel)(P...), const void* arguments) {
-  nb_call(kernel, static_cast<const nb_argument*>(arguments), std::index_sequence_for<P...>());
+template <typename... NbP>
+__attribute__((no_sanitize("thread"))) void nb_call(void (*nb_kernel)(NbP...), const void* nb_arguments) {
+  nb_call(nb_kernel, static_cast<const nb_argument*>(nb_arguments), std::index_sequence_for<NbP...>());
 }
 
-NB_EXPORTED void nb_thread_main(const void* arguments) { nb_call(&KERNEL, arguments); }
+NB_EXPORTED void nb_thread_main(const void* nb_arguments) { nb_call(&KERNEL, nb_arguments); }
 
 thread_local char nb_anchor;
 NB_EXPORTED char* nb_shared_anchor() { return &nb_anchor; }

@@ -69,8 +69,8 @@ class Block {
   // Tells the listeners of an access.
   void access(Thread* thread, const void* address, size_t bytes, Access::Kind kind, const void* pc);
 
-  // Ends the launch with an error that blames `thread`, at `place` or, where that has no file, at
-  // `pc`. The block is left as it stands.
+  // Ends the launch with an error that blames `thread`, at `pc` or, where nothing is known of that, at
+  // `place`. The block is left as it stands.
   [[noreturn]] void fail(const Thread& thread, Place place, const void* pc, Error error);
 
   // Ends the launch if it is to stop, or the current thread if its stack is as good as full. To be

@@ -162,9 +162,10 @@ struct OutOfBounds {
   const Type *array, *index;
 };
 
-[[noreturn]] void found(const Found& at, Error error) {
+// The place may be a header's; `pc` leads to the kernel's own line.
+[[noreturn]] void found(const Found& at, const void* pc, Error error) {
   const Place place{at.file, static_cast<int>(at.line)};
-  running_block->fail(*running_block->current, place, nullptr, std::move(error));
+  running_block->fail(*running_block->current, place, pc, std::move(error));
 }
 
 }  // namespace
@@ -176,19 +177,19 @@ NB_HOOK __ubsan_handle_type_mismatch_v1(const Mismatch* data, uintptr_t address)
                    data->type->name, 1u << data->log_alignment)};
   error.address = reinterpret_cast<const char*>(address);
   error.variable = running_block->memory.nearest_shared(error.address, &error.offset);
-  found(data->at, std::move(error));
+  found(data->at, NB_PC, std::move(error));
 }
 
 NB_HOOK __ubsan_handle_out_of_bounds(const OutOfBounds* data, uintptr_t index) {
   if (running_block == nullptr) return;
   // An index wider than a pointer comes by its address; none is met in kernels.
-  found(data->at, {"out of bounds", text("index %lld of an array %s",
-                                         static_cast<long long>(static_cast<int64_t>(index)),
-                                         data->array->name)});
+  found(data->at, NB_PC, {"out of bounds", text("index %lld of an array %s",
+                                                static_cast<long long>(static_cast<int64_t>(index)),
+                                                data->array->name)});
 }
 
 NB_HOOK __ubsan_handle_divrem_overflow(const Found* at, uintptr_t, uintptr_t divisor) {
   if (running_block == nullptr) return;
-  found(*at, {"division", divisor == 0 ? "an integer is divided by zero"
+  found(*at, NB_PC, {"division", divisor == 0 ? "an integer is divided by zero"
                                        : "the quotient does not fit its type"});
 }

@@ -49,7 +49,7 @@ struct LaunchRequest {
 struct Error {
   std::string kind{}, message{}, file{};
   int line = 0;
-  const void* pc = nullptr;  // where file is empty
+  const void* pc = nullptr;  // says more than file and line, where its own are known
   Index block{}, thread{};
   const char* address = nullptr;
   int variable = -1;  // of shared memory, where the address is in or near one, and how far from its start
