@@ -177,6 +177,8 @@ def test_dynamic_shared_memory_of_any_type(checks: bool) -> None:
     [
         "extern __shared__ int row[];",
         "__shared__ extern int row[];",
+        "extern __shared__ alignas(128) int row[];",
+        "__shared__ alignas(float4) int row[32];",
         "extern volatile __shared__ int row[];",
         "extern __align__(16) __shared__ int row[];",
         "extern __shared__ int before[], row[];",
@@ -375,6 +377,121 @@ def test_constants_and_device_functions() -> None:
     assert out.tolist() == [36, 38, 42, 50] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_functions_of_half_and_bfloat16(dtype: torch.dtype) -> None:
+    text = """
+    #include "nb/types.cuh"
+    template <typename T, typename T2>
+    __global__ void kernel(T* out, const T* x) {
+      const T a = x[0], b = x[1], c = x[2];
+      T* o = out;
+      *o++ = __hfma(a, b, c); *o++ = __hfma_sat(a, b, c); *o++ = __hfma_relu(a, b, c);
+      *o++ = __hadd(a, b); *o++ = __hmul(a, b); *o++ = __hdiv(a, b); *o++ = hexp(a);
+      *o++ = hlog2(b); *o++ = hsqrt(b); *o++ = hrsqrt(b); *o++ = hrcp(b); *o++ = htanh(a);
+      *o++ = hfloor(a); *o++ = hceil(a); *o++ = hrint(a); *o++ = nb::from_float<T>(TO_INT(b));
+      const T2 ab(a, b);
+      const T2 pairs[] = {__hfma2(ab, ab, ab), h2exp(ab), h2tanh(ab), h2trunc(ab)};
+      for (const T2& pair : pairs) { *o++ = pair.x; *o++ = pair.y; }
+    }
+    """
+    name, to_int = (
+        ("__half", "__half2int_ru")
+        if dtype == torch.float16
+        else ("__nv_bfloat16", "__bfloat162int_ru")
+    )
+    x, out = torch.tensor([-1.5, 2.25, -0.125], dtype=dtype), torch.empty(24, dtype=dtype)
+    kernel(text.replace("TO_INT", to_int), f"kernel<{name}, {name}2>")[1, 1](out, x)
+    a, b, c = x.tolist()
+    expected = [
+        *(a * b + c, 0.0, 0.0, a + b, a * b, a / b, math.exp(a), math.log2(b), math.sqrt(b)),
+        *(1 / math.sqrt(b), 1 / b, math.tanh(a), -2.0, -1.0, -2.0, 3.0, a * a + a, b * b + b),
+        *(math.exp(a), math.exp(b), math.tanh(a), math.tanh(b), -1.0, 2.0),
+    ]
+    assert out.tolist() == torch.tensor(expected, dtype=torch.float64).to(dtype).tolist()
+
+
+def test_directed_rounding_takes_the_neighbours_of_the_exact_result() -> None:
+    calls = ("fadd_{}(1.0f, 1e-30f)", "fmul_{}(1.1f, 1.1f)", "fdiv_{}(1.0f, 3.0f)", "fsqrt_{}(2.0f)",
+             "fmaf_{}(1.1f, 1.1f, 1e-30f)", "frcp_{}(-3.0f)", "fadd_{}(1.0f, 2.0f)",
+             "int2float_{}(16777217)", "ll2float_{}(-16777217LL)", "double2float_{}(0.1)")  # fmt: skip
+    lines = "".join(f"*out++ = __{call.format(r)};" for call in calls for r in ("rd", "rz", "ru"))
+    out = floats(10, 3)
+    kernel("__global__ void kernel(float* out) {" + lines + "}")[1, 1](out)
+    down, to_zero, up = out.T.tolist()
+    next_up = torch.nextafter(torch.tensor(down), torch.tensor(math.inf)).tolist()
+    assert up[6] == down[6] == 3.0
+    assert up[:6] + up[7:] == next_up[:6] + next_up[7:]
+    assert to_zero == [u if u < 0 else d for d, u in zip(down, up, strict=True)]
+    assert (down[0], up[5], down[7], up[8]) == (1.0, -0.3333333134651184, 2.0**24, -(2.0**24))
+
+
+def test_atomic_compare_and_swap_converts_its_operands() -> None:
+    text = """
+    __device__ unsigned lock = 0;
+    __global__ void kernel(int* out) {
+      while (atomicCAS(&lock, 0, 1) != 0) {}
+      out[0] += 1;
+      __threadfence();
+      atomicExch(&lock, 0);
+      atomicAdd_system(&out[1], __umul24(0x01000003u, 2u));
+    }
+    """
+    out = torch.zeros(2, dtype=torch.int32)
+    kernel(text)[8, 32](out)
+    assert out.tolist() == [256, 6 * 256]
+
+
+def test_a_sources_macros_may_have_any_name() -> None:
+    text = """
+    #define P 4
+    #define real float
+    #define arguments 3
+    #define i (P + arguments)
+    __global__ void kernel(real* out) { out[threadIdx.x] = i; }
+    """
+    out = floats(2)
+    kernel(text)[1, 2](out)
+    assert out.tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "expression"),
+    [
+        ("cuda/std/type_traits", "cuda::std::is_same_v<int, int> ? 7 : 0"),
+        ("cuda/std/limits", "cuda::std::numeric_limits<signed char>::max() - 120"),
+        ("cuda/std/array", "cuda::std::array<int, 2>{7, 8}[0]"),
+        ("cuda/std/cstdint", "cuda::std::int64_t(7)"),
+        ("cuda_fp8.h", "int(float(__nv_fp8_e4m3(7.0f)))"),
+        ("cstdio", 'printf("") + std::printf("%d", 1) + 6'),
+        ("cassert", "(assert(threadIdx.x < 2), 7)"),
+    ],
+)
+def test_headers_that_kernels_include(headers: str, expression: str) -> None:
+    text = """
+    #include <HEADER>
+    __global__ void kernel(int* out) { out[threadIdx.x] = EXPRESSION; }
+    """
+    out = ints(2)
+    kernel(text.replace("HEADER", headers).replace("EXPRESSION", expression))[1, 2](out)
+    assert out.tolist() == [7, 7]
+
+
+def test_an_asm_that_holds_no_ptx_or_is_never_compiled_does_no_harm() -> None:
+    text = """
+    __device__ inline float unused(float x) {
+      asm("ex2.approx.f32 %0, %0;" : "+f"(x));
+      return x;
+    }
+    __global__ void kernel(int* out) {
+      asm volatile("" ::: "memory");
+      out[0] = 1;
+    }
+    """
+    out = ints(1)
+    kernel(text)[1, 1](out)
+    assert out.item() == 1
+
+
 def test_what_a_kernel_prints_arrives_in_python(capsys: pytest.CaptureFixture[str]) -> None:
     text = r"""
     __global__ void kernel(int n) {
@@ -560,14 +677,18 @@ def test_a_function_that_is_declared_alone_is_a_compile_error(checks: bool) -> N
         kernel(text, checks=checks)
 
 
-def test_inline_ptx_is_refused_with_what_to_do() -> None:
+@pytest.mark.parametrize(
+    "ptx", ['asm volatile("ex2.approx.f32 %0, %0;" : "+f"(out[0]))', '__asm__("membar.gl;")',
+            'int r; asm("mov.u32 %0, %%laneid;" : "=r"(r)); out[0] = r']
+)  # fmt: skip
+def test_inline_ptx_is_refused_with_what_to_do(ptx: str, checks: bool) -> None:
     text = """
     __global__ void kernel(float* out) {
-      asm volatile("ex2.approx.f32 %0, %0;" : "+f"(out[0]));  // here
+      PTX;  // here
     }
-    """
+    """.replace("PTX", ptx)
     with pytest.raises(CompileError, match="NB_EMULATOR is defined") as caught:
-        kernel(text)
+        kernel(text, checks=checks)
     assert caught.value.diagnostics[0].line == line_of(text)
 
 
@@ -601,6 +722,29 @@ print(out.item())
     assert found.stat().st_ino == made
 
 
+def test_a_copied_cache_serves_another_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "__global__ void kernel(int* out) { out[threadIdx.x] = threadIdx.x + 1; }"
+    script = f"""
+import torch
+from nbengine.kernels.emulator import EmulatedProgram
+from nbengine.kernels.source import Source
+out = torch.zeros(2, dtype=torch.int32)
+EmulatedProgram(Source({text!r}, "moved.cu")).kernel("kernel")[1, 2](out)
+print(out.tolist())
+"""
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    for cache in (made, moved):
+        if cache is moved:
+            made.rename(moved)
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+        )
+        assert done.stdout == "[1, 2]\n", done.stderr
+
+
 def test_counters_of_a_copy_and_of_a_transpose() -> None:
     text = """
     template <int kPad>
@@ -624,6 +768,21 @@ def test_counters_of_a_copy_and_of_a_transpose() -> None:
         assert (found.shared_accesses, found.barriers, found.divergent) == (64, 1, 0)
         conflicts.append(found.bank_conflicts)
     assert conflicts == [32 * 31, 0]
+
+
+def test_counters_take_an_atomic_operation_for_one_access() -> None:
+    text = """
+    __global__ void kernel(int* out, float* sum) {
+      atomicAdd(&out[threadIdx.x], 1);
+      atomicAdd(sum, 1.0f);
+      atomicMax(&out[threadIdx.x], 5);
+    }
+    """
+    program = EmulatedProgram(Source(text, "atomics.cu"), counters=True)
+    atomics = program.kernel("kernel")
+    atomics[1, 32](torch.zeros(32, dtype=torch.int32), torch.zeros(1))
+    found = atomics.counters  # type: ignore[attr-defined]
+    assert (found.global_reads, found.global_writes, found.sectors_written) == (0, 3, 9)
 
 
 def test_counters_see_divergence_and_scattered_reads() -> None:

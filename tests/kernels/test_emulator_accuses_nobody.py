@@ -281,6 +281,15 @@ def test_aggregated_by_whoever_is_active() -> None:
     assert count.item() == 22
 
 
+def test_a_table_of_pointers() -> None:
+    text = """
+    __global__ void kernel(int** rows) { rows[blockIdx.x][threadIdx.x] = blockIdx.x; }
+    """
+    rows = [ints(32), ints(32)]
+    kernel(text)[2, 32](torch.tensor([row.data_ptr() for row in rows]))
+    assert [set(row.tolist()) for row in rows] == [{0}, {1}]
+
+
 def test_slices_of_a_wider_tensor_may_reach_their_neighbours() -> None:
     text = """
     __global__ void kernel(float* out, const float* x, long long stride) {

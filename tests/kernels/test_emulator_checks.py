@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from nbengine.kernels.emulator import EmulationError, build
+from nbengine.kernels.emulator import EmulatedProgram, EmulationError, build
+from nbengine.kernels.source import Source
 from tests.kernels.emulation import accused, floats, ints, kernel, line_of
 
 
@@ -262,6 +265,16 @@ def test_a_null_pointer_is_named() -> None:
     """
     error = accused(text, 1, 2, floats(2), None, kind="out of bounds")
     assert "bias is null" in str(error)
+
+
+def test_memory_that_no_tensor_holds_is_said_to_be_unknown() -> None:
+    text = """
+    __global__ void kernel(int* out, long long at) {
+      *reinterpret_cast<int*>(at) = 1;  // here
+    }
+    """
+    error = accused(text, 1, 1, ints(1), 2**44, kind="out of bounds")
+    assert "far from every tensor that was passed (the nearest is out; what a kernel" in str(error)
 
 
 def test_an_index_past_a_static_shared_array_is_out_of_bounds() -> None:
@@ -523,6 +536,7 @@ def test_a_division_by_zero_is_caught() -> None:
 
 def test_assertions_and_traps_end_the_launch() -> None:
     text = """
+    #include <cassert>
     __global__ void kernel(int* out) {
       assert(threadIdx.x != 3);  // here
       out[threadIdx.x] = 1;
@@ -544,6 +558,26 @@ def test_a_fault_in_a_header_is_shown_at_the_line_that_led_there() -> None:
     """
     error = accused(text, 1, 2, floats(2), torch.ones(4), kind="out of bounds")
     assert "inside" in str(error) and "types.cuh" in str(error)
+
+
+def test_a_misaligned_pack_in_a_header_is_shown_at_the_line_that_led_there() -> None:
+    text = """
+    #include "nb/types.cuh"
+    __global__ void kernel(float* out, const float* x) {
+      const auto pack = CALL;  // here
+      out[threadIdx.x] = reinterpret_cast<const float*>(&pack)[0];
+    }
+    """
+    for call in ("__ldg(reinterpret_cast<const float4*>(x + 1))", "nb::load_pack(x + 1)"):
+        accused(text.replace("CALL", call), 1, 1, floats(1), torch.ones(8), kind="misaligned")
+
+
+def test_a_file_of_any_name_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "a b (c) ü.cu"
+    path.write_text("__global__ void kernel(int* out) {\n  out[threadIdx.x + 1] = 1;\n}\n")
+    with pytest.raises(EmulationError) as caught:
+        EmulatedProgram(Source.read(path), checks=True).kernel("kernel")[1, 1](ints(1))
+    assert caught.value.line == 2 and str(caught.value.file).endswith("a b (c) ü.cu")
 
 
 def test_a_wrong_copy_of_bytes_is_out_of_bounds() -> None:

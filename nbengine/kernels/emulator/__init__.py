@@ -136,6 +136,7 @@ class EmulatedKernel(Kernel):
             num_os_threads=torch.get_num_threads(),
             listeners=listeners,
             traced_block=traced,
+            knows_memory=not any(p.c_type.endswith("**") for p in self.parameters),
             is_interruptible=threading.get_ident() == threading.main_thread().ident,
         )
         if listeners:
@@ -220,8 +221,12 @@ class EmulatedKernel(Kernel):
         if not tensors:
             return f"address {address:#x}"
         name, tensor = min(tensors, key=lambda named: distance(named[1]))
-        if distance(tensor) > 1 << 32:
-            return f"address {address:#x}, far from every tensor"
+        if distance(tensor) > 1 << 20:
+            return (
+                f"address {address:#x}, far from every tensor that was passed (the nearest is {name}; "
+                "what a kernel allocates, or reaches through addresses in a tensor of a type that is "
+                "no pointer's, is not known)"
+            )
         index = (address - tensor.data_ptr()) // tensor.itemsize
         return f"{name}[{index}], where {name} has {tensor.numel():,} elements"
 
@@ -302,6 +307,7 @@ class _Launch(ctypes.Structure):
         ("num_os_threads", ctypes.c_uint32),
         ("listeners", ctypes.c_uint32),
         ("traced_block", ctypes.c_uint * 3),
+        ("knows_memory", ctypes.c_uint32),
         ("is_interruptible", ctypes.c_uint32),
     )
 

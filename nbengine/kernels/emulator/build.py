@@ -119,7 +119,7 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
             log = str(refused)
             said = parse_gcc(log) or _assembled(log) or _undefined(log, source)
             said = tuple(
-                replace(d, message=_NO_PTX) if re.search(r"\basm\b", d.message) else d for d in said
+                replace(d, message=_NO_PTX) if _OF_ASM.search(d.message) else d for d in said
             )
             texts = {source.name: source.text}
             raise CompileError(title, said, texts, str(refused)) from None
@@ -147,6 +147,7 @@ def _assembled(log: str) -> tuple[Diagnostic, ...]:
     )
 
 
+_OF_ASM = re.compile(r"\b(?:asm|output constraint)\b")
 _ASSEMBLER = re.compile(r"^(?P<file>.+):(?P<line>\d+): Error: (?P<message>.*)$", re.MULTILINE)
 
 

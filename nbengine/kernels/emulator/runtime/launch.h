@@ -42,6 +42,7 @@ struct LaunchRequest {
   uint32_t num_os_threads;
   uint32_t listeners;      // of the enum
   unsigned traced_block[3];
+  uint32_t knows_memory;      // whether all that the kernel may touch is in `buffers`
   uint32_t is_interruptible;  // by SIGINT, which Python hears on its main thread
 };
 
