@@ -4,10 +4,11 @@ Runs the tests that need a GPU and verifies every op on its grid, all of it in p
 in a process of its own (an illegal access ends one op's process, and the rest goes on). Then, with
 the device to itself, it measures the roofline and times every op at the shapes of a model of 7
 billion parameters: CUDA events around replays of a captured graph, rotating arguments larger than
-the L2. Prints one table, and keeps everything as JSON. Exit status 1 says that something is wrong,
-2 that only figures are missed.
+the L2. Prints one table, and keeps everything as JSON, a run of some parts alone under their names.
+Exit status 1 says that something is wrong, 2 that only figures are missed.
 
-    python benchmarks/gpu_check.py [--only OP ...] [--skip-tests] [--skip-verify] [--sanitizer] [--output FOLDER]
+    python benchmarks/gpu_check.py [--only OP ...] [--skip-tests] [--skip-verify] [--skip-bench]
+                                   [--sanitizer] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,6 +44,18 @@ POISONED = 3
 another one goes on."""
 SANITIZED_CASES = 2
 """Of each op's grid: a launch is a hundred times slower there."""
+ALONE = "gpu_alone"
+TESTS = (
+    ("gpu and not gpu_alone",),
+    (  # whose engines choose the GPU by themselves, where there is one
+        "not gpu",
+        "tests/test_engine.py",
+        "tests/test_engine_hostile.py",
+        "tests/test_bad_input.py",
+        "tests/execution/test_runner.py",
+    ),
+)
+"""Marks, and where: all that runs on the GPU, but for what wants it alone."""
 
 
 @dataclass(frozen=True)
@@ -262,18 +276,12 @@ def _text(output: str | bytes | None) -> str:
     return output.decode() if isinstance(output, bytes) else output or ""
 
 
-def run_tests(*, alone: bool = False) -> Record:
-    """Those that are skipped without a GPU: their names, parameters or marks say gpu or cuda. With
-    `alone` those that want the device to themselves, else all others in parallel."""
+def run_tests(which: str, *paths: str) -> Record:
+    """The tests with these marks: those that want the device to themselves one by one, others in
+    parallel."""
     start = time.perf_counter()
-    marked = re.compile(r"needs_gpu|program_for|is_available")
-    files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if marked.search(p.read_text())]
-    command = [sys.executable, "-m", "pytest", "-k", "gpu or cuda", "-rfE", "--tb=short"]
-    if alone:
-        command += ["-m", "gpu_alone", "-n0"]
-    else:
-        command += ["-m", "not gpu_alone", "-n", "logical", "--maxprocesses", "10"]
-    command += [str(path.relative_to(ROOT)) for path in files]
+    command = [sys.executable, "-m", "pytest", "-m", which, "-rfE", "--tb=short", *paths]
+    command += ["-n0"] if which == ALONE else ["-n", "logical", "--maxprocesses", "10"]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
         status, log = run.returncode, run.stdout + run.stderr
@@ -281,7 +289,7 @@ def run_tests(*, alone: bool = False) -> Record:
         status, log = -1, _text(expired.stdout) + f"\nnot finished within {TIMEOUT_S} s"
     lines = log.strip().splitlines()
     return {
-        "command": "python " + " ".join(command[1:]),
+        "command": "python " + shlex.join(command[1:]),
         "passed": status == 0,
         "summary": next((line for line in reversed(lines) if COUNTED.search(line)), "no tests ran"),
         "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
@@ -483,6 +491,13 @@ def main() -> int:
     unknown = [name for name in names if name not in OPS]
     if unknown:
         parser.error(f"no op {', '.join(unknown)}: there are {', '.join(OPS)}")
+    wanted = {
+        "tests": not (given.skip_tests or given.only),
+        "verify": not given.skip_verify,
+        "bench": not given.skip_bench,
+        "sanitizer": given.sanitizer,
+    }
+    parts = [part for part, is_wanted in wanted.items() if is_wanted]
     options = sys.argv[1:]
     if "--output" in options:
         at = options.index("--output")
@@ -493,16 +508,16 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
     }
-    with ThreadPoolExecutor(given.jobs + 1) as pool:
-        tests = None if given.skip_tests or given.only else pool.submit(run_tests)
-        if not given.skip_verify:
+    with ThreadPoolExecutor(given.jobs + len(TESTS)) as pool:
+        tests = [pool.submit(run_tests, *each) for each in TESTS if "tests" in parts]
+        if "verify" in parts:
             verified = [pool.submit(run_worker, "verify", [name]) for name in names]
             result["verify"] = [record for future in verified for record in future.result()]
-        if tests is not None:
-            result["tests"] = [tests.result()]
-    if tests is not None:
-        result["tests"].append(run_tests(alone=True))
-    if not given.skip_bench:
+        if tests:
+            result["tests"] = [future.result() for future in tests]
+    if tests:
+        result["tests"].append(run_tests(ALONE))
+    if "bench" in parts:
         result["roofline"] = run_worker("roofline", ["roofline"])[-1]
         result["launch"] = run_worker("launch", ["launch"])[-1]
         result["bench"] = run_worker("bench", names)
@@ -510,8 +525,10 @@ def main() -> int:
         result["bars"] = judged(timed, tuple(bar for bar in BARS if bar.op in names))
     given.output.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "_", result["machine"]["device"].lower()).strip("_")
-    path = given.output / f"gpu_check_{device}.json"
-    if given.sanitizer:
+    is_whole = {"tests", "verify", "bench"} <= set(parts)
+    title = "_".join(["gpu_check", device, *([] if is_whole else [*parts, *(given.only or ())])])
+    path = given.output / f"{title}.json"
+    if "sanitizer" in parts:
         path.write_text(json.dumps(result, indent=2) + "\n")  # what follows takes long
         print(report(result), flush=True)
         with ThreadPoolExecutor(2) as pool:

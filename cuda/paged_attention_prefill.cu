@@ -3,9 +3,12 @@
 //
 //   out[r, h] = sum over p of softmax(scale * q[r, h] . K[p, h / kGroup])[p] * V[p, h / kGroup]
 //
+// where with kSoftcap a score x becomes softcap * tanh(x / softcap) before the softmax.
+//
 // q, out        [T, Hkv * kGroup, kHeadDim], rows of `q_stride` and `out_stride` elements
 // k, v caches   [num_blocks, Hkv, kBlockSize, kHeadDim]
 // block_tables  [S, ...], rows of `table_stride`
+// members       [M] the sequences to compute, or null for all S
 // Row i of sequence s stands at query_start_loc[s] + i and has the position
 // seq_lens[s] - rows + i; it sees the positions up to its own, or the last `window` of them.
 //
@@ -63,12 +66,7 @@ __device__ __forceinline__ bool find_tile(Tile& tile, int number, const int64* q
       const int rows = (query_start_loc[sequence + 1] - query_start_loc[sequence]) * kGroup;
       tiles = (rows + kRows - 1) / kRows;
     }
-    int through = tiles;  // tiles of the lanes up to this one
-#pragma unroll
-    for (int distance = 1; distance < nb::kWarpSize; distance *= 2) {
-      const int other = __shfl_up_sync(nb::kAllLanes, through, distance);
-      if (lane >= distance) through += other;
-    }
+    const int through = nb::warp_sum_up_to(tiles, lane);
     const unsigned reached = __ballot_sync(nb::kAllLanes, before + through > number);
     if (reached != 0) {
       const int owner = __ffs(reached) - 1;

@@ -55,14 +55,6 @@ struct SampleMemory {
   nb::uint64 of_floor;
 };
 
-__device__ __forceinline__ nb::uint64 warp_sum(nb::uint64 value) {
-#pragma unroll
-  for (int distance = nb::kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(nb::kAllLanes, value, distance);
-  }
-  return value;
-}
-
 // The mass of the entries that reach `threshold`: of each warp's, and of all.
 template <typename Source>
 __device__ __noinline__ nb::uint64 mass_of(Source source, float threshold, nb::Weight weight,
@@ -71,7 +63,7 @@ __device__ __noinline__ nb::uint64 mass_of(Source source, float threshold, nb::W
   source.for_each([&](int, float value) {
     if (value >= threshold) mass += weight(value);
   });
-  mass = warp_sum(mass);
+  mass = nb::warp_sum(mass);
   __syncthreads();  // for whoever reads the last ones
   if (threadIdx.x % nb::kWarpSize == 0) mass_of_warp[threadIdx.x / nb::kWarpSize] = mass;
   __syncthreads();
@@ -139,14 +131,16 @@ __global__ void __launch_bounds__(nb::kRowThreads, 2)
   if (threadIdx.x == 0) largest[r] = summary.largest;
   const bool finite = fabsf(summary.largest) <= nb::kLargestFloat;
   if (!(temperature[r] > 0.0) || !finite) {
-    for (int at = first_sample + threadIdx.x; at < static_cast<int>(sample_offsets[r + 1]); at += nb::kRowThreads) {
+    const int last_sample = static_cast<int>(sample_offsets[r + 1]);
+    for (int at = first_sample + threadIdx.x; at < last_sample; at += nb::kRowThreads) {
       out_ids[at] = row.id_at(summary.place);
     }
     return;
   }
 
   // One draw for each sample, from what reaches a threshold.
-  const nb::Weight weight{summary.largest, nb::kLog2E / static_cast<float>(temperature[r])};
+  const float scale = nb::kLog2E / static_cast<float>(temperature[r]);
+  const nb::Weight weight{summary.largest, fminf(scale, nb::kLargestFloat)};
   const auto bits_of = [&](int at) {
     return nb::uniform_bits(seed[r], sample_indices[at], position[r]);
   };
@@ -175,7 +169,7 @@ __global__ void __launch_bounds__(nb::kRowThreads, 2)
   // The threshold of min_p; that of nothing keeps all but masked tokens.
   if (threadIdx.x == 0) {
     const double least = summary.largest + temperature[r] * log(min_p[r]);
-    memory.floor = fmaxf(static_cast<float>(least), -nb::kLargestFloat);
+    memory.floor = fmaxf(fminf(static_cast<float>(least), summary.largest), -nb::kLargestFloat);
   }
   __syncthreads();
   const float floor = memory.floor;

@@ -15,6 +15,7 @@ import logging
 import queue
 import random
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -41,6 +42,7 @@ from nbengine.core.why import Explanation, explain
 from nbengine.engine_kernels import EngineKernels
 from nbengine.engine_thread import EngineThread
 from nbengine.errors import (
+    DeviceLost,
     EngineBusy,
     EngineClosed,
     InvalidField,
@@ -108,6 +110,9 @@ class Engine:
         self.history = History()
         self.error: BaseException | None = None
         """What ended the last background run, if it failed."""
+        self._failure: BaseException | None = None
+        """Of the last step; a notebook keeps it too, with the frames that it went through."""
+        self._device_lost: DeviceLost | None = None
         self._runner: ModelRunner | None = None
         self._is_started = False
         self._driven: set[str] = set()
@@ -127,8 +132,9 @@ class Engine:
         try:
             self._thread.call(lambda: self._load(config))
             print(self.memory)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            _release_frames(error)  # or what was loaded would stay as long as the error
             raise
 
     def _load(self, config: EngineConfig) -> None:
@@ -177,10 +183,20 @@ class Engine:
         return record
 
     def _step(self) -> StepRecord:
+        self._failure = None
         try:
             record = self._take_step()
         except BaseException as error:
+            self._failure = error
             self._publish(self.scheduler.take_back(error))
+            if self._runner is not None and self._runner.has_lost_device:
+                self._device_lost = DeviceLost(
+                    f"{self._runner.decoder.device} was lost to {type(error).__name__}: {error}\n"
+                    "Nothing on it can be used again in this process: restart the notebook's kernel "
+                    "(or the process). CUDA_LAUNCH_BLOCKING=1 in the environment and "
+                    "enforce_eager=True make the error appear at the launch that caused it"
+                )
+                raise self._device_lost from error
             raise
         self._publish(record)
         return record
@@ -786,6 +802,8 @@ class Engine:
         return command()
 
     def _check_open(self) -> None:
+        if self._device_lost is not None:
+            raise DeviceLost(str(self._device_lost)) from self._device_lost
         if self._is_closed:
             raise EngineClosed("this engine was closed; make a new one")
 
@@ -798,6 +816,8 @@ class Engine:
 
     def _close(self) -> None:
         self._is_closed = True
+        _release_frames(self.error)
+        _release_frames(self._failure)
         self._abort_now(list(self._states))
         runner, self._runner = self._runner, None
         if runner is not None:
@@ -835,6 +855,13 @@ def _logprobs_of(seq: Sequence, output: StepOutput) -> dict[int, Logprob] | None
     if rows is None:
         return None
     return rows[seq.index if len(rows) > 1 else 0]
+
+
+def _release_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, tensors and all."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _check_positive(name: str, value: object) -> None:

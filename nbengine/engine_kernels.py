@@ -34,17 +34,16 @@ class EngineKernels:
             Mismatch: it is wrong, with the first wrong element; what ran the op still does.
             CompileError: it does not compile; the same.
         """
+        from nbengine.kernels.verification import verify_implementation, verify_live
 
-        from nbengine.kernels.implementation import op_named, with_text_read
-
-        what = with_text_read(op_named(op), what)  # what is verified is what will run
-        checked = self._table.check(op, what)
-
-        def swap() -> Swapped:
-            live = self._engine._live_calls(op)
-            return self._table.swap(op, what, live_arguments=live, checked=checked)
-
-        return self._engine._call(swap)
+        table, engine = self._table, self._engine
+        candidate = table.candidate(op, what)
+        on_grid = verify_implementation(candidate.checked, table.device)
+        verified = engine._call(
+            lambda: verify_live(candidate.checked, engine._live_calls(op), on_grid)
+        )
+        # A command of its own: one that verifies can't be taken back by who interrupts the wait.
+        return engine._call(lambda: table.put(candidate, verified))
 
     def restore(self, op: str) -> Implementation:
         """Put the op's own implementation back."""

@@ -7,9 +7,21 @@ so that code which knows nothing of nbengine does the right thing too.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class NbengineError(Exception):
-    """The base of all errors below."""
+    """The base of all errors below. They can be pickled, whatever their constructors take: for
+    process pools."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[NbengineError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def shown(value: object) -> str:
@@ -78,6 +90,11 @@ class SamplingError(NbengineError, ArithmeticError):
 
 class EngineClosed(NbengineError, RuntimeError):
     """The engine was closed, and its memory given back; or it lives in another process."""
+
+
+class DeviceLost(EngineClosed):
+    """The GPU's context was destroyed by a kernel's error: no engine or tensor of this process can
+    use that GPU again. The error itself is the cause of this one."""
 
 
 class EngineBusy(NbengineError, RuntimeError):

@@ -20,6 +20,19 @@ from pathlib import Path
 import pytest
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine can't run of the tests that tests/gpu.py marks."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    is_alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"
+    if item.get_closest_marker("gpu_alone") is not None and not is_alone:
+        pytest.skip("needs a GPU that no other worker uses: -n0 -m gpu_alone")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 2-layer Llama over a vocabulary of 500 ids, with 256 positions and no tokenizer."""

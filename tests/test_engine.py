@@ -13,6 +13,7 @@ import pytest
 
 from nbengine import LLM, BeamSearchParams, Engine, SamplingParams
 from nbengine.errors import (
+    DeviceLost,
     EngineClosed,
     InvalidField,
     InvalidRequest,
@@ -345,10 +346,10 @@ class TestFaults:
         decoder = type(engine._runner.decoder)
         compute = decoder.compute_logits
 
-        def poison(self, hidden):
+        def poison(self, hidden, out=None):
             logits = compute(self, hidden).clone()
             logits[0] = float("nan")
-            return logits
+            return logits if out is None else out.copy_(logits)
 
         with monkeypatch.context() as patch:
             patch.setattr(decoder, "compute_logits", poison)
@@ -364,6 +365,29 @@ class TestFaults:
             list(engine.stream(PROMPTS[0], GREEDY))
         assert not engine.has_work
         assert isinstance(engine.error, TypeError)
+
+    def test_a_lost_device_ends_the_engine_loudly(self, make, monkeypatch):
+        engine = make()
+        engine.add_request(PROMPTS[0], GREEDY)
+        monkeypatch.setattr(type(engine._runner), "has_lost_device", True)
+        monkeypatch.setattr(type(engine._runner.decoder), "forward", None)
+        with pytest.raises(DeviceLost, match=r"lost to TypeError(.|\n)*restart") as lost:
+            engine.step()
+        assert isinstance(lost.value.__cause__, TypeError)
+        for use in (engine.step, engine.run, engine.start, engine.snapshot):
+            with pytest.raises(DeviceLost, match="restart"):
+                use()
+        with pytest.raises(DeviceLost, match="restart"):
+            engine.add_request(PROMPTS[0], GREEDY)
+        engine.close()
+
+    def test_a_device_lost_in_the_background_is_told_to_the_one_who_waits(self, make, monkeypatch):
+        engine = make()
+        monkeypatch.setattr(type(engine._runner), "has_lost_device", True)
+        monkeypatch.setattr(type(engine._runner.decoder), "forward", None)
+        with pytest.raises(DeviceLost):
+            list(engine.stream(PROMPTS[0], GREEDY))
+        assert isinstance(engine.error, DeviceLost)
 
 
 class TestLife:
@@ -441,6 +465,44 @@ class TestLife:
         assert not thread.is_alive
         with pytest.raises(EngineClosed):
             engine.step()
+
+    @pytest.mark.parametrize("in_background", [False, True])
+    def test_close_gives_memory_back_though_an_error_is_kept(
+        self, make, monkeypatch, in_background
+    ):
+        engine = make()
+        weights = weakref.ref(engine._runner.decoder.embedding)
+        real = type(engine._runner.decoder).forward
+
+        def fail(self, *args):
+            real(self, *args)
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(type(engine._runner.decoder), "forward", fail)
+        engine.add_request(PROMPTS[0], GREEDY)
+        with pytest.raises(RuntimeError, match="planted") as kept:
+            if in_background:
+                list(engine.stream(PROMPTS[1], GREEDY))
+            else:
+                engine.step()
+        engine.close()
+        gc.collect()
+        assert weights() is None
+        assert "planted" in str(kept.value)
+
+    def test_what_a_failed_start_loaded_does_not_stay_with_the_error(self, tiny_llama, monkeypatch):
+        loaded = []
+
+        def fail(self, *args, **kwargs):
+            loaded.append(weakref.ref(args[0].embedding))
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr("nbengine.execution.runner.ModelRunner.__init__", fail)
+        with pytest.raises(RuntimeError, match="planted") as kept:
+            Engine(model=tiny_llama, skip_tokenizer_init=True, num_gpu_blocks_override=8)
+        gc.collect()
+        assert loaded[0]() is None
+        assert kept.value.__traceback__ is not None
 
     def test_dropping_the_last_reference_does_too(self, tiny_llama):
         engine = Engine(

@@ -3,8 +3,10 @@ everything that a scheduler does to a sequence. On a GPU, and emulated on a CPU.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,49 @@ class TestSwap:
         engine.run()
         assert not calls
 
+    def test_what_it_left_in_the_workspace_harms_nobody(self, models, kernels, monkeypatch):
+        """The lengths are such that several blocks share a sequence, and count themselves there."""
+        empty_like = torch.empty_like
+
+        def poisoned(x: torch.Tensor, **options: Any) -> torch.Tensor:
+            made = empty_like(x, **options)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, "empty_like", poisoned)
+
+        def careless(**arguments: Any) -> None:
+            OPS["paged_attention_decode"].reference(**arguments)
+            arguments["workspace"].fill_(7)
+
+        prompts = [random_tokens(n, seed=n) for n in (230, 180, 205)]
+        found = []
+        for each in ("torch", kernels):
+            device = "cuda" if kernels == "cuda" else "cpu"
+            with make(models[self.FAMILY], each, max_model_len=256, device=device) as engine:
+                names = [engine.add_request(prompt, GREEDY) for prompt in prompts]
+                engine.step(4)
+                if each != "torch":
+                    engine.kernels.swap("paged_attention_decode", careless)
+                    engine.step(2)
+                    engine.kernels.restore("paged_attention_decode")
+                engine.run()
+                found.append([engine.output(name).outputs[0].token_ids for name in names])
+        assert found[0] == found[1]
+
+    def test_before_any_request_it_is_verified_on_the_models_own_shapes(self, models, kernels):
+        with make(models[self.FAMILY], kernels) as idle:
+            before = idle.kv_cache.data.clone()
+            shape = (1, idle.model.config.intermediate_size)
+
+            def wrong(**arguments: Any) -> None:
+                OPS["gated_mlp"].reference(**arguments)
+                if arguments["out"].shape == shape:
+                    arguments["out"] += 1
+
+            with pytest.raises(Mismatch, match="live call"):
+                idle.kernels.swap("gated_mlp", wrong)
+            assert torch.equal(before.nan_to_num(), idle.kv_cache.data.nan_to_num())
+
     def test_the_engine_goes_on_while_the_grid_is_verified(self, engine, expected):
         def patient(**arguments: Any) -> None:
             deadline = time.monotonic() + 60
@@ -198,6 +243,42 @@ class TestSwap:
         assert engine.kernels.implementations[list(OPS).index(op)].is_own
         assert self.outputs(engine) == expected[self.FAMILY][:2]
 
+    def test_an_interrupt_while_the_live_calls_are_verified_takes_the_swap_back(
+        self, engine, expected, monkeypatch
+    ):
+        verifying, interrupted = threading.Event(), threading.Event()
+
+        def mine(**arguments: Any) -> None:
+            if engine._thread.is_current:
+                verifying.set()
+                assert interrupted.wait(60)
+            OPS["rms_norm"].reference(**arguments)
+
+        def interrupt(future: Future[Any]) -> None:
+            assert verifying.wait(60)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "result", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.kernels.swap("rms_norm", mine)
+        interrupted.set()
+        assert self.outputs(engine) == expected[self.FAMILY][:2]
+        assert engine.kernels.implementations[list(OPS).index("rms_norm")].is_own
+
+    def test_the_result_says_on_how_many_live_calls_it_agrees(self, engine):
+        def mine(**arguments: Any) -> None:
+            OPS["rms_norm"].reference(**arguments)
+
+        assert engine.kernels.swap("rms_norm", mine).verified.num_live == 2
+
+        def unused(**arguments: Any) -> None:
+            OPS["swap_blocks"].reference(**arguments)
+
+        swapped = engine.kernels.swap("swap_blocks", unused)
+        assert swapped.verified.num_live == 0
+        assert "on no live one: the engine makes none now" in str(swapped)
+
     def test_a_kernel_that_does_not_compile_is_refused(self, engine, expected):
         with pytest.raises(CompileError, match="retrun"):
             engine.kernels.swap("rms_norm", "__global__ void rms_norm() {\n  retrun;\n}\n")
@@ -222,6 +303,32 @@ class TestOnTheGpu:
                 found.append(run(engine))
         assert found[0] == found[1]
 
+    def test_more_rows_than_matrix_vector_kernels_take_are_captured_too(self, models, monkeypatch):
+        replays = []
+        replay = torch.cuda.CUDAGraph.replay
+
+        def counted(graph: torch.cuda.CUDAGraph) -> None:
+            replays.append(graph)
+            replay(graph)
+
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+        prompts = [random_tokens(4 + n % 20, seed=n) for n in range(40)]
+        settings = {"dtype": "bfloat16", "num_gpu_blocks_override": 256, "max_num_seqs": 48}
+        found = []
+        for enforce_eager in (True, False):
+            with make(models["served-llama"], "cuda", enforce_eager=enforce_eager, **settings) as e:
+                found.append(run(e, prompts))
+                assert bool(replays) is not enforce_eager
+        assert found[0] == found[1]
+
+    def test_python_in_an_ops_place_runs_without_graphs(self, models):
+        with make(models["served-llama"], "cuda", dtype="bfloat16") as engine:
+            expected = run(engine)
+            engine.kernels.swap("paged_attention_decode", "reference")  # reads lengths back
+            assert run(engine) == expected
+            engine.kernels.restore("paged_attention_decode")
+            assert run(engine) == expected
+
     def test_a_steady_decode_step_allocates_no_device_memory(self, models):
         with make(models["served-llama"], "cuda", dtype="bfloat16") as engine:
             for prompt in PROMPTS:
@@ -245,6 +352,34 @@ class TestOnTheGpu:
         assert free - torch.cuda.mem_get_info()[0] < 64 * 2**20
         with make(models["served-llama"], "cuda") as engine:
             assert run(engine) == expected["served-llama"]
+
+    @needs_gpu_alone
+    def test_two_engines_have_a_share_each_and_run_at_once(self, models, expected):
+        share = {"num_gpu_blocks_override": None, "block_size": 256, "gpu_memory_utilization": 0.3}
+        with (
+            make(models["served-llama"], "cuda", **share) as one,
+            make(models["served-qwen3"], "cuda", **share) as other,
+        ):
+            names = [
+                [engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
+                for engine in (one, other)
+            ]
+            for engine in (one, other):
+                engine.start()
+            deadline = time.monotonic() + 120
+            while (one.has_work or other.has_work) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for engine, family, of_engine in zip(
+                (one, other), ("served-llama", "served-qwen3"), names, strict=True
+            ):
+                found = [engine.output(name).outputs for name in of_engine]
+                assert [[o.token_ids for o in each] for each in found] == expected[family]
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+    def test_on_the_second_gpu(self, models, expected):
+        with make(models["served-llama"], "cuda", device="cuda:1") as engine:
+            assert run(engine) == expected["served-llama"]
+            assert engine.kv_cache.data.device == torch.device("cuda", 1)
 
     @needs_gpu_alone
     def test_memory_stays_within_its_utilization(self, models):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nbengine.config import EngineConfig
 from nbengine.core.plan import StepPlan
 
 
@@ -28,12 +29,14 @@ class BatchBuffer:
         self._copied = torch.cuda.Event()
 
     @classmethod
-    def for_batches(
-        cls, max_num_tokens: int, max_num_seqs: int, max_blocks: int, device: torch.device
+    def for_settings(
+        cls, settings: EngineConfig, max_model_len: int, device: torch.device
     ) -> BatchBuffer:
-        """One that holds any batch of so many tokens and sequences, each of up to `max_blocks`."""
-        seqs = min(max_num_tokens, max_num_seqs)
-        return cls(4 * max_num_tokens + seqs * (max_blocks + 2) + 1, device)
+        """One that holds any batch of an engine."""
+        num_tokens = settings.max_num_batched_tokens
+        num_seqs = min(settings.max_num_seqs, num_tokens)
+        max_blocks = -(-max_model_len // settings.block_size)
+        return cls(4 * num_tokens + num_seqs * (max_blocks + 2) + 1, device)
 
     def host(self, num_elements: int) -> np.ndarray:
         """The first elements of the host's part, zeroed, once the last upload has read them."""
@@ -46,7 +49,7 @@ class BatchBuffer:
         """The same elements on the device, when the current stream gets there."""
         on_device = self._device[:num_elements]
         on_device.copy_(self._host[:num_elements], non_blocking=True)
-        self._copied.record()
+        self._copied.record(torch.cuda.current_stream(on_device.device))
         return on_device
 
 
@@ -95,7 +98,7 @@ class Batch:
         buffer: BatchBuffer | None = None,
         padded_to: tuple[int, int] | None = None,
     ) -> Batch:
-        """Lay out `plan.scheduled`, which must not be empty.
+        """Lay out `plan.scheduled`, which must not be empty unless it is padded.
 
         `logits_rows` are flat rows; by default the last row of every sequence whose last known
         token is computed in this step. `buffer` is where to lay them, for a GPU. `padded_to` (rows,
@@ -107,7 +110,7 @@ class Batch:
         counts = [n for _, n in scheduled]
         ends = [start + n for start, n in zip(starts, counts, strict=True)]
         num_blocks = [-(-end // block_size) for end in ends]
-        max_blocks = max(num_blocks)
+        max_blocks = max(num_blocks, default=0)
         num_tokens = sum(counts)
         num_rows, num_tables = num_tokens, num_seqs
         if padded_to is not None:
@@ -147,8 +150,8 @@ class Batch:
         tables = host["block_tables"]
         for table, (seq, _), n in zip(tables, scheduled, num_blocks, strict=False):
             table[:n] = seq.block_table[:n]
-        owners = np.repeat(np.arange(num_seqs), counts)  # [T]: each row's sequence
-        shifts = np.array(starts) - first_rows[:-1]  # [S]: from row to position
+        owners = np.repeat(np.arange(num_seqs), np.diff(first_rows))  # [T]: each row's sequence
+        shifts = np.array(starts, dtype=np.int64) - first_rows[:-1]  # [S]: from row to position
         positions = np.arange(num_tokens) + shifts[owners]
         host["positions"][:num_tokens] = positions
         blocks, offsets = np.divmod(positions, block_size)
@@ -174,7 +177,7 @@ class Batch:
             logits_rows=views["logits_rows"],
             num_tokens=num_tokens,
             num_seqs=num_seqs,
-            max_query_len=max(counts),
+            max_query_len=max(counts, default=1),
             max_seq_len=max_blocks * block_size if padded_to else max(ends),
             query_lens=counts,
             context_lens=starts,

@@ -3,42 +3,60 @@
 A decode step of a small batch is hundreds of launches of some microseconds each; replayed as one
 graph they cost the CPU one call. A graph is captured when a step first needs its size (batch sizes
 and block-table widths are rounded up to a few, `graph_size`), reads its input from the runner's
-`BatchBuffer`, which never moves, and writes its logits where the next replay writes them too.
+`BatchBuffer`, which never moves, and writes its logits where all graphs write theirs.
+
+Where capturing fails, or an op runs Python that nobody knows to be capturable, steps are launched
+one kernel at a time: slower, and the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 
 import torch
 from torch import Tensor
 
-from nbengine.execution.batch import Batch
+from nbengine.config import EngineConfig
+from nbengine.core.plan import StepPlan
+from nbengine.execution.batch import Batch, BatchBuffer
 from nbengine.execution.kv_cache import KVCache
+from nbengine.kernels.capture import captured
 from nbengine.models.decoder import Decoder
 
 _MIN_TABLE_WIDTH = 64
 """Columns of the narrowest block table; each next one has four times as many."""
 
-
-@dataclass(frozen=True, slots=True)
-class CapturedGraph:
-    """One size's graph, and the logits float32 `[rows, vocab]` that it writes."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
+_log = logging.getLogger("nbengine")
 
 
 class DecodeGraphs:
     """Graphs of one decoder over one KV cache, by size. All share one pool of memory, because no
-    two run at once."""
+    two run at once; they are warmed up and captured on one stream, for cuBLAS keeps a workspace for
+    each."""
 
     def __init__(self, decoder: Decoder, kv_cache: KVCache, max_num_seqs: int, max_blocks: int):
         self.decoder, self.kv_cache = decoder, kv_cache
         self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
-        self._graphs: dict[tuple[int, int], CapturedGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._version = self._kernels_version
+        self._logits = torch.empty(
+            max_num_seqs, decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
+        )
+        self._stream = torch.cuda.Stream(decoder.device)
+        self._has_failed = False
+        self._start_over()
+
+    @classmethod
+    def for_settings(
+        cls, decoder: Decoder, kv_cache: KVCache, settings: EngineConfig, max_model_len: int
+    ) -> DecodeGraphs:
+        max_blocks = -(-max_model_len // settings.block_size)
+        rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+        return cls(decoder, kv_cache, rows, max_blocks)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether steps may be captured, with the ops as they are now."""
+        assert self.decoder.kernel_layers is not None
+        return not self._has_failed and self.decoder.kernel_layers.kernels.is_capturable
 
     def graph_size(self, num_seqs: int, num_blocks: int) -> tuple[int, int]:
         """Rows and table columns of the graph that serves so many sequences of up to so many
@@ -49,42 +67,57 @@ class DecodeGraphs:
             columns *= 4
         return min(rows, self.max_num_seqs), min(columns, self.max_blocks)
 
+    def reserve(self, buffer: BatchBuffer) -> None:
+        """Capture the largest size, over rows that are all padding: the others find their memory in
+        the pool then. Raises `torch.OutOfMemoryError`."""
+        size = self.graph_size(self.max_num_seqs, self.max_blocks)
+        nothing = Batch.from_plan(
+            StepPlan(), self.kv_cache.block_size, buffer=buffer, padded_to=size
+        )
+        with torch.inference_mode():
+            self.logits(nothing)
+
     def logits(self, batch: Batch) -> Tensor:
         """float32 `[num_seqs, vocab]` of a batch that was padded to its `graph_size`. The next call
         overwrites them."""
         if self._version != self._kernels_version:  # an op was swapped: graphs hold the old one
-            self._graphs.clear()
-            self._version = self._kernels_version
+            self._start_over()
         rows, columns = batch.block_tables.shape
-        size = rows, columns
-        captured = self._graphs.get(size)
-        if captured is None:
-            captured = self._graphs[size] = self._capture(batch)
-        captured.graph.replay()
-        return captured.logits[: batch.num_seqs]
-
-    def clear(self) -> None:
-        """Drop the graphs and their memory."""
-        self._graphs.clear()
+        graph = self._graphs.get((rows, columns))
+        if graph is not None:
+            graph.replay()
+        else:
+            self._run_and_capture(batch, (rows, columns))
+        return self._logits[: batch.num_seqs]
 
     @property
     def _kernels_version(self) -> int:
         assert self.decoder.kernel_layers is not None
         return self.decoder.kernel_layers.kernels.version
 
-    def _compute(self, batch: Batch) -> Tensor:
-        return self.decoder.compute_logits(self.decoder.forward(batch, self.kv_cache))
+    def _start_over(self) -> None:
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # torch takes no pool whose graphs are all gone
+        self._version = self._kernels_version
 
-    def _capture(self, batch: Batch) -> CapturedGraph:
-        # Run once outside: what is set up or compiled on first use must not be captured. It is this
-        # very step, so what it writes to the cache is what the replay will write.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def _compute(self, batch: Batch) -> None:
+        hidden = self.decoder.forward(batch, self.kv_cache)
+        self.decoder.compute_logits(hidden, out=self._logits[: len(hidden)])
+
+    def _run_and_capture(self, batch: Batch, size: tuple[int, int]) -> None:
+        # Run outside first: what is set up or compiled on first use must not be captured. It is this
+        # very step, so that nothing need be replayed for it.
+        current = torch.cuda.current_stream(self.decoder.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             self._compute(batch)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what a notebook's cells do on the GPU meanwhile is no part of the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._compute(batch)
-        return CapturedGraph(graph, logits)
+        current.wait_stream(self._stream)
+        try:
+            with captured(self._stream, self._pool) as graph:
+                self._compute(batch)
+        except RuntimeError as error:  # torch's out-of-memory errors, too
+            self._has_failed = True
+            self._graphs.clear()
+            _log.warning("decode steps go on without CUDA graphs: %s", error)
+        else:
+            self._graphs[size] = graph

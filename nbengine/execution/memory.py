@@ -20,8 +20,10 @@ from nbengine.core.plan import StepPlan
 from nbengine.core.request import Request, Sequence
 from nbengine.core.sampling_params import SamplingParams
 from nbengine.errors import InvalidField, NotEnoughMemory
-from nbengine.execution.batch import Batch
+from nbengine.execution.batch import Batch, BatchBuffer
+from nbengine.execution.cuda_graphs import DecodeGraphs
 from nbengine.execution.kv_cache import KVCache, bytes_per_block
+from nbengine.kernels.capture import wait_for_device
 from nbengine.models.config import ModelConfig
 from nbengine.models.decoder import Decoder
 from nbengine.models.weights import HEAD_QUANTIZATION
@@ -125,7 +127,8 @@ def plan_memory(
 ) -> MemoryBudget:
     """Divide the free memory, by estimates from the config or by what was measured.
 
-    `gpu_memory_utilization` is a fraction of a GPU's whole memory, or of a CPU's free memory.
+    `gpu_memory_utilization` is this engine's fraction of a GPU's whole memory (two engines can have
+    0.45 each), or of a CPU's free memory.
     Raises `NotEnoughMemory` if weights, activations and one sequence of `max_model_len` do not fit
     (left None, it becomes what fits), or the blocks asked for do not hold one; and `InvalidField`
     for a `max_model_len` beyond the model's positions.
@@ -234,10 +237,13 @@ def activation_bytes(
     return max_num_batched_tokens * per_token + 3 * logits_rows * config.vocab_size * 4
 
 
-def measure_activations(decoder: Decoder, settings: EngineConfig, max_model_len: int) -> int:
+def measure_activations(
+    decoder: Decoder, settings: EngineConfig, max_model_len: int, uses_graphs: bool
+) -> int:
     """Bytes that the largest step takes on the GPU beside weights and KV: prompts of
-    `max_num_batched_tokens` tokens together, and as many rows of logits as may be sampled. What
-    libraries set up on first use (workspaces, loaded kernels) counts too, and stays."""
+    `max_num_batched_tokens` tokens together, as many rows of logits as may be sampled, and the
+    memory of decode graphs. What libraries set up on first use (workspaces, loaded kernels) counts
+    too, and stays."""
     device, block_size = decoder.device, settings.block_size
     num_tokens = settings.max_num_batched_tokens
     plan, num_blocks = StepPlan(), 0
@@ -253,7 +259,7 @@ def measure_activations(decoder: Decoder, settings: EngineConfig, max_model_len:
     kv_cache = KVCache.allocate(decoder.config, num_blocks, block_size, decoder.dtype, device)
     batch = Batch.from_plan(plan, block_size, logits_rows=rows, device=device)
 
-    torch.cuda.synchronize(device)
+    wait_for_device(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     free_before = torch.cuda.mem_get_info(device)[0]
@@ -261,27 +267,47 @@ def measure_activations(decoder: Decoder, settings: EngineConfig, max_model_len:
     hidden = decoder.forward(batch, kv_cache)
     logits = decoder.compute_logits(hidden[batch.logits_rows])
     logits.clone()  # the sampler's working copy
-    torch.cuda.synchronize(device)
+    wait_for_device(device)
     in_torch = torch.cuda.max_memory_reserved(device) - reserved_before
     outside = (free_before - torch.cuda.mem_get_info(device)[0]) - (
         torch.cuda.memory_reserved(device) - reserved_before
     )
-    return in_torch + max(0, outside)
+    if not uses_graphs:
+        return in_torch + max(0, outside)
+    del hidden, logits
+    torch.cuda.empty_cache()
+    free_before = torch.cuda.mem_get_info(device)[0]
+    buffer = BatchBuffer.for_settings(settings, max_model_len, device)
+    graphs = DecodeGraphs.for_settings(decoder, kv_cache, settings, max_model_len)
+    graphs.reserve(buffer)
+    wait_for_device(device)
+    torch.cuda.empty_cache()  # of the graphs' memory nothing is free while they live
+    in_graphs = free_before - torch.cuda.mem_get_info(device)[0]
+    return in_torch + max(0, outside) + max(0, in_graphs)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # torch holds on to the memory of tensors that are gone
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_memory()
 
 
 def _usable(device: torch.device, free: int, fraction: float) -> int:
-    """How many of the free bytes may be used."""
-    if device.type == "cuda":
-        total = int(torch.cuda.mem_get_info(device)[1])
-        return int(total * fraction) - (total - free)
-    return int(free * fraction)
+    """How many of the free bytes may be used. Of a GPU `fraction` is this engine's share of all its
+    memory, whatever others use; raises `NotEnoughMemory` where that is not free."""
+    if device.type != "cuda":
+        return int(free * fraction)
+    total = int(torch.cuda.mem_get_info(device)[1])
+    usable = int(total * fraction)
+    if usable > free:
+        raise NotEnoughMemory(
+            f"gpu_memory_utilization={fraction:g} is {_shown(usable)} of the {_shown(total)} of "
+            f"{device}, and {_shown(free)} are free: lower it to {free * 100 // total / 100:g} or less, or "
+            "free what other programs, engines and tensors hold there"
+        )
+    return usable
 
 
 def free_host_memory(

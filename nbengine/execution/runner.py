@@ -9,10 +9,12 @@ the step back.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import itertools
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from nbengine.config import EngineConfig
 from nbengine.core.plan import StepOutput, StepPlan
-from nbengine.core.request import Sequence
+from nbengine.core.request import Request, Sequence
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.errors import NbengineError, NotEnoughMemory, SamplingError
 from nbengine.execution.batch import Batch, BatchBuffer
@@ -43,6 +45,9 @@ from nbengine.models.kernel_layers import KernelLayers, choose_kernels
 from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype
 from nbengine.models.weights import build_decoder
 
+_on_gpus: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
+"""Those that are not closed."""
+
 _PROMPT_ROWS = 128
 """Prompt tokens scored at a time: the logits of a long prompt are larger than many a model."""
 
@@ -62,6 +67,8 @@ class ModelRunner:
         self.decoder, self.kv_cache, self.sampler = decoder, kv_cache, sampler
         self._buffer, self._graphs = buffer, graphs
         self._is_set_up = False
+        if decoder.device.type == "cuda":
+            _on_gpus.add(self)
 
     @classmethod
     def load(cls, path: Path, settings: EngineConfig) -> tuple[ModelRunner, MemoryBudget]:
@@ -76,6 +83,8 @@ class ModelRunner:
         config = checkpoint.config
         on_cpu = settings.kernels == "emulated" and settings.device == "auto"
         device = resolve_device("cpu" if on_cpu else settings.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread, which will take the steps
         dtype = resolve_dtype(settings.dtype, config, settings.quantization, device)
         kernels = choose_kernels(settings, config, dtype, device)
         budget = plan_memory(config, settings, dtype=dtype, device=device)
@@ -91,7 +100,10 @@ class ModelRunner:
             if kernels is not None:
                 decoder.kernel_layers = KernelLayers(decoder, kernels)
             if device.type == "cuda":
-                activations = measure_activations(decoder, settings, budget.max_model_len)
+                uses_graphs = kernels is not None and not settings.enforce_eager
+                activations = measure_activations(
+                    decoder, settings, budget.max_model_len, uses_graphs
+                )
                 measured = Measured(
                     budget.available, decoder.nbytes, activations, decoder.max_positions
                 )
@@ -106,6 +118,15 @@ class ModelRunner:
                 device,
                 num_host_blocks=budget.num_host_blocks,
             )
+            kv_cache.kernels = kernels
+            buffer = graphs = None
+            if device.type == "cuda":
+                buffer = BatchBuffer.for_settings(settings, budget.max_model_len, device)
+                if uses_graphs:
+                    graphs = DecodeGraphs.for_settings(
+                        decoder, kv_cache, settings, budget.max_model_len
+                    )
+                    graphs.reserve(buffer)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, NbengineError) or not _is_out_of_memory(error):
                 raise
@@ -114,16 +135,6 @@ class ModelRunner:
                 f"program has taken it meanwhile. Lower gpu_memory_utilization or close the other "
                 f"program. The budget was:\n{budget}"
             ) from error
-        kv_cache.kernels = kernels
-        max_blocks = -(-budget.max_model_len // settings.block_size)
-        rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
-        buffer = graphs = None
-        if device.type == "cuda":
-            buffer = BatchBuffer.for_batches(
-                settings.max_num_batched_tokens, rows, max_blocks, device
-            )
-            if kernels is not None and not settings.enforce_eager:
-                graphs = DecodeGraphs(decoder, kv_cache, rows, max_blocks)
         sampler = Sampler(config.vocab_size, device, kernels)
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
         return cls(decoder, kv_cache, sampler, buffer=buffer, graphs=graphs), budget
@@ -142,7 +153,8 @@ class ModelRunner:
         wanted = _Wanted.of(plan)
         batch, padded_to = None, None
         if plan.scheduled:
-            if self._graphs is not None and wanted.num_last == len(wanted.rows) == plan.num_tokens:
+            is_decode = wanted.num_last == len(wanted.rows) == plan.num_tokens
+            if is_decode and self._graphs is not None and self._graphs.is_usable:
                 most = max(len(seq.block_table) for seq, _ in plan.scheduled)
                 padded_to = self._graphs.graph_size(len(plan.scheduled), most)
             batch = Batch.from_plan(
@@ -157,19 +169,23 @@ class ModelRunner:
 
     def live_calls(self, op: str, sequences: Iterable[Sequence]) -> list[Arguments]:
         """Arguments of calls of an op on what the engine holds now: the last computed token of each
-        sequence (the last 64, for prefill attention) is computed again over its own KV blocks, and
-        the cache is left as it was. Empty where such a step does not call the op."""
+        sequence (the last 64 of some, for prefill attention) is computed again over its own KV
+        blocks; where nothing runs, one token in the first block. The cache is left as it was. Empty
+        where such a step does not call the op."""
         assert self.kernels is not None
-        length = 64 if op == "paged_attention_prefill" else 1
+        length, most = (64, 4) if op == "paged_attention_prefill" else (1, None)
         plan = StepPlan()
-        for seq in sequences:
+        for seq in itertools.islice(sequences, most):
             n = min(length, seq.num_computed_tokens)
             if n:
                 again = copy.copy(seq)
                 again.num_computed_tokens -= n
                 plan.scheduled.append((again, n))
         if not plan.scheduled:
-            return []
+            params = SamplingParams(temperature=0, max_tokens=1)
+            probe = Sequence("probe", Request("probe", (0,), params), 0, [0])
+            probe.block_table = [0]
+            plan.scheduled.append((probe, 1))
         lasts = list(itertools.accumulate(n for _, n in plan.scheduled))
         batch = Batch.from_plan(
             plan,
@@ -177,9 +193,9 @@ class ModelRunner:
             logits_rows=[end - 1 for end in lasts],
             device=self.decoder.device,
         )
-        recording = self.kernels.record(op, num_calls=2)
         written = self.kv_cache.slots(batch.slot_mapping)
         kept = self.kv_cache.data[written]
+        recording = self.kernels.record(op, num_calls=2)
         try:
             with torch.inference_mode():
                 hidden = self.decoder.forward(batch, self.kv_cache)
@@ -218,15 +234,30 @@ class ModelRunner:
                 self._compute(prepared, prepared.batch, output)
         return output
 
+    @property
+    def has_lost_device(self) -> bool:
+        """Whether the GPU's context is gone: after a kernel's error every call fails."""
+        device = self.decoder.device
+        if device.type == "cuda":
+            try:
+                torch.cuda.current_stream(device).synchronize()
+            except RuntimeError:
+                return True
+        return False
+
     def close(self) -> None:
         """Give the memory of weights, cache and graphs back; the runner is of no use after this."""
         is_cuda = self.decoder.device.type == "cuda"
+        _on_gpus.discard(self)
         self._graphs = self._buffer = None
         del self.decoder, self.kv_cache, self.sampler
         if is_cuda:
             gc.collect()  # graphs, layers and decoder refer to each other
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # of a device that is lost
+                if not _on_gpus:  # the graphs of another engine hold addresses of them
+                    torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.empty_cache()
+                torch._C._host_emptyCache()  # pinned host memory
 
     def _compute(self, prepared: Prepared, batch: Batch, output: StepOutput) -> None:
         wanted = prepared.wanted

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from nbengine.kernels.diagnostics import CompileError, Diagnostic
-from nbengine.kernels.program import Kernel, LaunchError, Program
-from nbengine.kernels.source import Source
+from nbengine.kernels.program import Kernel, LaunchError, Program, kernel_device
+from nbengine.kernels.source import Source, is_text
 
 __all__ = [
     "CompileError",
@@ -45,7 +45,7 @@ def load(
     """A kernel of a `.cu` file, or of CUDA C text, ready to be launched on torch tensors.
 
     Args:
-        source: a path, or the text itself (anything of more than one line).
+        source: a path, or the text itself (anything of more than one line, or with a brace).
         expression: the kernel's name with its template arguments, as C++ spells them:
             `scale<float>`, `rms_norm<__nv_bfloat16, 576, 96, true>`.
         device: where the tensors are; default: the current GPU, or the CPU where there is none. On
@@ -56,6 +56,7 @@ def load(
     Raises:
         CompileError: with the lines that the compiler refuses.
         FileNotFoundError: there is no such file.
+        InvalidField: kernels can't run on this device, or it is not there.
     """
     return program(source, device=device, debug=debug).kernel(expression)
 
@@ -68,13 +69,11 @@ def program(
 ) -> Program:
     """The source on a device, for more than one of its kernels; see `load`."""
     if not isinstance(source, Source):
-        is_text = isinstance(source, str) and "\n" in source
-        source = Source(str(source), "kernel.cu") if is_text else Source.read(source)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        source = Source(str(source), "kernel.cu") if is_text(source) else Source.read(source)
+    device = kernel_device(device)
     # Each backend is imported when it is used: a laptop has no CUDA, a server no C++ compiler.
     found: Program
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         launcher = importlib.import_module("nbengine.kernels.launcher")
         found = launcher.CudaProgram(source, device, debug=debug)
     else:

@@ -16,16 +16,14 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
-from nbengine.errors import NbengineError
-from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_nvrtc
+from nbengine.kernels.diagnostics import CompileError, Diagnostic, lines_of, parse_nvrtc
 from nbengine.kernels.report import (
     KernelReport,
     Limits,
@@ -34,7 +32,8 @@ from nbengine.kernels.report import (
     limits_of,
     report,
 )
-from nbengine.kernels.source import INCLUDE_ROOT, Source
+from nbengine.kernels.source import INCLUDE_ROOT, Source, declared_at, included
+from nbengine.kernels.toolchain import ToolchainMissing, headers_identity, nvidia_headers
 
 OPTIONS = (
     "--std=c++17",
@@ -50,10 +49,6 @@ CACHE_BYTES = 256 * 2**20
 _FORMAT = 1
 
 _log = logging.getLogger(__name__)
-
-
-class ToolchainMissing(NbengineError, ImportError):
-    """NVRTC, cuda-python or NVIDIA's headers are not installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +147,6 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-@functools.cache
-def nvidia_headers() -> tuple[Path, ...]:
-    """The folders of cuda_fp16.h and its like, and of the C++ library. Raises `ToolchainMissing`."""
-    try:
-        from cuda.pathfinder import find_nvidia_header_directory
-
-        folders = [find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
-    except (ImportError, RuntimeError) as error:  # or cuda-pathfinder before 1.3
-        raise ToolchainMissing(f"{_INSTALL} ({error})") from error
-    if folders[0] is None:
-        raise ToolchainMissing(_INSTALL)
-    return tuple(Path(folder) for folder in folders if folder)
-
-
 def cubin_folder() -> Path:
     """The cache's."""
     return cache_folder("cubin")
@@ -175,19 +156,16 @@ def clear_cache() -> None:
     drop_oldest(cubin_folder(), "*.cubin", 0)
 
 
-_INSTALL = (
-    "compiling CUDA C needs NVIDIA's compiler and headers, which are Python packages: "
-    "pip install 'nbengine[cuda]'"
-)
-
-
 def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
 
         nvrtc.nvrtcVersion()  # loads the library
     except (ImportError, RuntimeError) as error:  # pathfinder's errors are RuntimeErrors
-        raise ToolchainMissing(f"{_INSTALL} ({error})") from error
+        raise ToolchainMissing(
+            "compiling CUDA C needs NVIDIA's compiler, which is a Python package: "
+            f"pip install 'nbengine[cuda]' ({error})"
+        ) from error
     return nvrtc
 
 
@@ -198,6 +176,10 @@ def _expect(nvrtc: Any, status: Any) -> None:
 
 def _compile(source: Source, expression: str, architecture: str, options: tuple[str, ...]) -> Cubin:
     status, log, outputs = _run_nvrtc(source, expression, options)
+    if outputs is None and _NAME_MAP in log:  # what is wrong without the expression is told alone
+        alone = _run_nvrtc(source, None, options)
+        if alone[2] is None:
+            status, log, _ = alone
     remarks = _located(parse_nvrtc(log), source, expression)
     if outputs is None:
         if any(remark.file == "ptxas" and remark.line for remark in remarks):
@@ -207,7 +189,7 @@ def _compile(source: Source, expression: str, architecture: str, options: tuple[
             f"{expression} of {source.name} does not compile for {architecture}: "
             f"{f'{count} errors' if count > 1 else '1 error' if count else status}",
             remarks,
-            {source.name: source.text},
+            source.texts,
             log,
         )
     symbol, code, ptx = outputs
@@ -225,25 +207,35 @@ def _compile(source: Source, expression: str, architecture: str, options: tuple[
 
 
 def _run_nvrtc(
-    source: Source, expression: str, options: tuple[str, ...]
+    source: Source, expression: str | None, options: tuple[str, ...]
 ) -> tuple[str, str, tuple[str, bytes, str] | None]:
-    """The status, the log, and (symbol, CUBIN, PTX) unless it failed."""
+    """The status, the log, and (symbol, CUBIN, PTX) unless it failed. Without an expression nothing
+    is instantiated, and there is no symbol."""
     nvrtc = _nvrtc()
     folders = [*([source.folder] if source.folder else []), INCLUDE_ROOT, *nvidia_headers()]
     arguments = [option.encode() for option in (*options, *(f"-I{path}" for path in folders))]
+    names = [] if expression is None else [expression.encode()]
+    text, headers = source.spelled(str)
     status, program = nvrtc.nvrtcCreateProgram(
-        source.text.encode(), source.name.encode(), 0, None, None
+        text.encode(),
+        source.name.encode(),
+        len(headers),
+        [header.encode() for header in headers.values()],
+        [str(path).encode() for path in headers],
     )
     _expect(nvrtc, status)
     try:
-        (status,) = nvrtc.nvrtcAddNameExpression(program, expression.encode())
-        _expect(nvrtc, status)
+        for name in names:
+            (status,) = nvrtc.nvrtcAddNameExpression(program, name)
+            _expect(nvrtc, status)
         (compiled,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
         log = _text(nvrtc, "ProgramLog", program)
         if compiled != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             return compiled.name, log, None
-        status, symbol = nvrtc.nvrtcGetLoweredName(program, expression.encode())
-        _expect(nvrtc, status)
+        symbol = b""
+        for name in names:
+            status, symbol = nvrtc.nvrtcGetLoweredName(program, name)
+            _expect(nvrtc, status)
         ptx = _text(nvrtc, "PTX", program)
         return compiled.name, log, (symbol.decode(), _bytes(nvrtc, "CUBIN", program), ptx)
     finally:
@@ -269,6 +261,7 @@ def _text(nvrtc: Any, what: str, program: Any) -> str:
 # --- What NVRTC says of lines that the user did not write ------------------------------------------
 
 
+_NAME_MAP = "__nv_name_map"
 _HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 
 
@@ -278,20 +271,19 @@ def _located(
     """NVRTC appends the name expression to the source, and speaks of a line of its own there. The
     line that matters is the kernel's."""
     kept = []
-    name = expression.partition("<")[0].strip().rpartition("::")[2]
-    declared = re.search(rf"\b{re.escape(name)}\s*\(", source.text)
-    line = source.text.count("\n", 0, declared.start()) + 1 if declared else None
+    file, line = declared_at(source, expression)
     for remark in remarks:
-        if remark.file != "__nv_name_map":
-            kept.append(remark)
+        if remark.file != _NAME_MAP:
+            notes = (re.sub(rf" at line \d+ of {_NAME_MAP}", "", note) for note in remark.notes)
+            kept.append(replace(remark, notes=tuple(notes)))
         elif not remark.message.startswith("Error in parsing name expression"):
             message = f"{expression}: {remark.message}"
-            notes = tuple(
+            notes = (
                 f"the source needs: #include <{header}>"
                 for type_name, header in _HEADERS.items()
                 if f'"{type_name}" is undefined' in message
             )
-            kept.append(Diagnostic(source.name, line, None, remark.severity, message, notes))
+            kept.append(Diagnostic(file, line, None, remark.severity, message, tuple(notes)))
     return tuple(kept)
 
 
@@ -305,7 +297,7 @@ def _at_source_lines(
     _, _, outputs = _run_nvrtc(source, expression, tuple(virtual))
     if outputs is None:
         return remarks
-    lines = outputs[2].splitlines()
+    lines = lines_of(outputs[2])
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', outputs[2], re.MULTILINE))
     kept = []
     for remark in remarks:
@@ -329,19 +321,16 @@ def _at_source_lines(
 
 def _key(source: Source, expression: str, options: tuple[str, ...]) -> str:
     digest = hashlib.sha256(repr((_FORMAT, nvrtc_version(), expression, options)).encode())
-    digest.update(f"\0{source.name}\0{source.folder}\0{source.text}".encode())
-    for path, text in source.headers():
-        digest.update(f"\0{path}\0{text}".encode())
-    for folder in nvidia_headers():
-        digest.update(_identity(folder))
+    digest.update(f"\0{source.folder}".encode())
+    found = [match[1] for option in options if (match := _FOLDER.fullmatch(option))]
+    further = included("\n".join(source.texts.values()), *map(Path, found))
+    for name, text in (*source.texts.items(), *further.items()):
+        digest.update(f"\0{name}\0{text}".encode())
+    digest.update(headers_identity())
     return digest.hexdigest()[:32]
 
 
-@functools.cache
-def _identity(folder: Path) -> bytes:
-    """Changes when another version is installed into the folder."""
-    entries = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(folder))
-    return hashlib.sha256(repr((str(folder), entries)).encode()).digest()
+_FOLDER = re.compile(r"(?:-I|--include-path=)\s*(.+)")
 
 
 def _read(path: Path) -> Cubin | None:

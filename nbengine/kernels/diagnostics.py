@@ -21,7 +21,8 @@ SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One remark of a compiler. Lines and columns count from 1; None where it named none."""
+    """One remark of a compiler. Lines and columns count from 1; None where it named none. A column
+    counts bytes, as compilers do."""
 
     file: str
     line: int | None
@@ -103,13 +104,13 @@ def draw_html(diagnostic: Diagnostic, texts: Mapping[str, str]) -> str:
 def parse_nvrtc(log: str) -> tuple[Diagnostic, ...]:
     """NVRTC's log: `file(line): error: words`, the line, a caret, and how it got there."""
     found: list[Diagnostic] = []
-    lines = log.splitlines()
+    lines = lines_of(log)
     for at, line in enumerate(lines):
         if match := _NVRTC.match(line):
             column = None
             following = lines[at + 2 : at + 3]
             if following and re.fullmatch(r"\s*\^\s*", following[0]):
-                column = following[0].index("^") - len(_NVRTC_INDENT) + 1
+                column = following[0].index("^") - len(_NVRTC_INDENT) + 1  # a blank for each byte
             found.append(
                 Diagnostic(
                     match["file"],
@@ -135,11 +136,11 @@ def parse_nvrtc(log: str) -> tuple[Diagnostic, ...]:
 
 def parse_gcc(log: str) -> tuple[Diagnostic, ...]:
     """g++'s and clang's log: `file:line:column: error: words`; `In instantiation of` and `required
-    from` lines come before the remark that they explain. Give g++ the option
+    from` lines come before the remark that they explain. Give g++ (11 and later) the option
     `-fdiagnostics-column-unit=byte`: its own columns take a tab for eight."""
     found: list[Diagnostic] = []
     context: list[str] = []
-    for line in log.splitlines():
+    for line in lines_of(log):
         if match := _GCC.match(line):
             found.append(
                 Diagnostic(
@@ -156,6 +157,11 @@ def parse_gcc(log: str) -> tuple[Diagnostic, ...]:
             at = f" at {match['place']}" if match["place"][-1].isdigit() else ""
             context.append(match["message"].rstrip(":") + at)
     return _with_notes(found)
+
+
+def lines_of(text: str) -> list[str]:
+    """As compilers count them: `splitlines` also ends one at a form feed, or at U+2028."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 _RED, _BOLD, _PLAIN = "\x1b[31;1m", "\x1b[1m", "\x1b[0m"
@@ -202,7 +208,7 @@ def _excerpt(diagnostic: Diagnostic, texts: Mapping[str, str]) -> list[tuple[int
             text = Path(diagnostic.file).read_text(errors="replace")
         except (OSError, ValueError):
             return []
-    lines = text.splitlines()
+    lines = lines_of(text)
     if diagnostic.line is None or not 0 < diagnostic.line <= len(lines):
         return []
     at = diagnostic.line - 1
@@ -210,7 +216,7 @@ def _excerpt(diagnostic: Diagnostic, texts: Mapping[str, str]) -> list[tuple[int
         (number + 1, lines[number].expandtabs(4)) for number in range(max(0, at - 1), at + 1)
     ]
     if diagnostic.column is not None:
-        before = lines[at][: diagnostic.column - 1]
+        before = lines[at].encode()[: diagnostic.column - 1].decode(errors="ignore")
         drawn.append((None, " " * len(before.expandtabs(4)) + "^"))
     if at + 1 < len(lines):
         drawn.append((at + 2, lines[at + 1].expandtabs(4)))

@@ -8,20 +8,21 @@ apart.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from nbengine.errors import NbengineError
+from nbengine.errors import NbengineError, shown
 from nbengine.kernels.op import Op
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.program import Program
-from nbengine.kernels.source import CUDA_ROOT, Source
+from nbengine.kernels.source import CUDA_ROOT, Source, is_text
 
 Backend = Literal["cuda", "emulated", "reference"]
 """What runs an op's own source: a GPU, this machine's CPU, or torch in its place."""
@@ -36,11 +37,13 @@ def op_named(op: str | Op) -> Op:
     if isinstance(op, Op):
         return op
     if op not in OPS:
-        raise UnknownOp(f"there is no op {op!r}; the ops are {', '.join(OPS)}")
+        close = difflib.get_close_matches(str(op), OPS, n=1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UnknownOp(f"there is no op {op!r}{meant}; the ops are {', '.join(OPS)}")
     return OPS[op]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Implementation:
     """`call(**arguments)` computes the op into its output arguments."""
 
@@ -49,12 +52,17 @@ class Implementation:
     """"CUDA C", "CUDA C, emulated", "torch" or "Python"."""
     origin: str
     """Its file, or the function's name."""
-    call: Callable[..., None] = field(repr=False)
+    call: Callable[..., None]
     is_own: bool = False
     """It is what the op comes with, and not what somebody put in its place."""
+    is_capturable: bool = False
+    """A call on a GPU is known to be launches alone, which a CUDA graph can hold."""
 
     def __str__(self) -> str:
         return f"{self.origin} ({self.language})"
+
+    def __repr__(self) -> str:
+        return f"{self.op.name}: {self}"
 
 
 Implementable = Implementation | str | Path | Source | Program | Callable[..., None] | None
@@ -79,30 +87,35 @@ def implement(
         checks: emulate with the checks for races, wild accesses and missing barriers.
 
     Raises:
-        ValueError: a string that is none of these.
+        ValueError: a string that is none of these, an `Implementation` of another op.
+        TypeError: something else that is none of these.
         FileNotFoundError: no such `.cu`.
         ImportError: an alternative whose package is not installed.
     """
     what = with_text_read(op, what)
     if isinstance(what, Implementation):
+        if what.op.name != op.name:
+            raise ValueError(f"{what} is an implementation of {what.op.name}, not of {op.name}")
         return what
     backend = backend or ("cuda" if device.type == "cuda" else "emulated")
     if what is None:
         if backend == "reference":
             return Implementation(op, "torch", "reference", op.reference, is_own=True)
         own = _program(Source.of_op(op.source), device, backend, checks)
-        return Implementation(
-            op, _language(backend), f"cuda/{op.source}", _launching(op, own), is_own=True
-        )
+        origin, is_cuda = f"cuda/{op.source}", backend == "cuda"
+        return Implementation(op, _language(backend), origin, _launching(op, own), True, is_cuda)
     if isinstance(what, str):
         return _named(op, what)
     if isinstance(what, Source):
         on = "emulated" if backend == "reference" else backend
         what = _program(what, device, on, checks)
     if not isinstance(what, Program):
+        if not callable(what):
+            raise TypeError(f"{op.name} can't be implemented by {shown(what)}: {_give(op)}")
         return Implementation(op, "Python", _title(what), what)
-    language = _language("cuda" if what.device.type == "cuda" else "emulated")
-    return Implementation(op, language, _shown(what.source.name), _launching(op, what))
+    is_cuda = what.device.type == "cuda"
+    language, origin = _language("cuda" if is_cuda else "emulated"), _shown(what.source.name)
+    return Implementation(op, language, origin, _launching(op, what), is_capturable=is_cuda)
 
 
 def with_text_read(
@@ -110,7 +123,7 @@ def with_text_read(
 ) -> Implementation | str | Source | Program | Callable[..., None] | None:
     """CUDA C by its path or text becomes a `Source`, which later edits do not change; a string that
     is left is a name."""
-    if isinstance(what, str) and "\n" in what:
+    if isinstance(what, str) and is_text(what):
         return Source(what, f"{op.name}.cu (a string)")
     if isinstance(what, Path) or (isinstance(what, str) and what.endswith(".cu")):
         return Source.read(what)
@@ -121,11 +134,7 @@ def _named(op: Op, name: str) -> Implementation:
     if name == "reference":
         return Implementation(op, "torch", "reference", op.reference)
     if name not in op.alternatives:
-        there = ", ".join(["reference", *op.alternatives])
-        raise ValueError(
-            f"{op.name} has no implementation {name!r}: give the path of a .cu, its text, a "
-            f"function, or one of {there}"
-        )
+        raise ValueError(f"{op.name} has no implementation {shown(name)}: {_give(op)}")
     module, _, function = op.alternatives[name].partition(":")
     try:
         call = getattr(importlib.import_module(module), function)
@@ -134,7 +143,12 @@ def _named(op: Op, name: str) -> Implementation:
             f"{op.name} as {name!r} needs a package that is not installed ({error}): "
             f"pip install 'nbengine[{name}]'"
         ) from error
-    return Implementation(op, "Python", f"{name}: {module}", call)
+    return Implementation(op, "Python", f"{name}: {module}", call, is_capturable=True)
+
+
+def _give(op: Op) -> str:
+    there = ", ".join(["reference", *op.alternatives])
+    return f"give the path of a .cu, its text, a function, or one of {there}"
 
 
 def _program(source: Source, device: torch.device, backend: Backend, checks: bool) -> Program:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbengine.errors import NbengineError, shown
+from nbengine.errors import InvalidField, NbengineError, shown
 from nbengine.kernels.report import LIMITS
 from nbengine.kernels.source import (
     POINTEES,
@@ -47,6 +47,25 @@ _KEPT_LAUNCHES = 1024
 class LaunchError(NbengineError, TypeError):
     """A launch was refused: its grid is not a possible one, or an argument does not fit the
     kernel's parameter."""
+
+
+def kernel_device(device: torch.device | str | None) -> torch.device:
+    """`device`, or the GPU where there is one and the CPU elsewhere.
+
+    Raises:
+        InvalidField: kernels can't run there, or there is no such GPU.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return torch.device("cuda" if num_gpus else "cpu")
+    found = torch.device(device)
+    if found.type not in ("cuda", "cpu"):
+        problem = 'kernels run on an NVIDIA GPU ("cuda"), or emulated on a CPU ("cpu")'
+        raise InvalidField("device", str(device), problem)
+    if found.type == "cuda" and (found.index or 0) >= num_gpus:
+        problem = f"torch sees {num_gpus or 'no'} NVIDIA GPU{'s' * (num_gpus > 1)} here"
+        raise InvalidField("device", str(device), f'{problem}; on "cpu" kernels are emulated')
+    return found
 
 
 class Program(ABC):

@@ -3,9 +3,10 @@
 `kernels.rms_norm(out=..., x=..., ...)` runs whatever implements `rms_norm` now. Each op is bound at
 its first use, so that a call costs an attribute look-up more than the launch. `swap` puts another
 implementation in an op's place once it has agreed with the reference, on the op's grid and on the
-arguments of real calls (`record`); `restore` takes it back. All of it is for the thread that calls
-the ops, between two steps. Whoever holds CUDA graphs compares `version` before a replay, and drops
-them when it has moved: a graph goes on calling what was captured.
+arguments of real calls (`record`); `restore` takes it back. Both are for the thread that calls the
+ops, between two steps; what runs an op may be asked on any. Whoever holds CUDA graphs compares
+`version` before a replay, and drops them when it has moved: a graph goes on calling what was
+captured.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from nbengine.kernels.implementation import (
 )
 from nbengine.kernels.op import Arguments, Op
 from nbengine.kernels.ops import OPS
-from nbengine.kernels.verification import Verified, verify_implementation
+from nbengine.kernels.source import Source
+from nbengine.kernels.verification import Verified, verify_implementation, verify_live
 
 
 class Kernels:
@@ -57,12 +59,14 @@ class Kernels:
         self._own: dict[str, Implementation] = {}
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        # Reached once for each op: from then on the bound call is an attribute of its own.
+        # Reached once for each op: from then on the bound call is an attribute of its own. Another
+        # thread may get here at the same time, or swap the op meanwhile: what is bound stays.
         if name.startswith("_"):
             raise AttributeError(name)
-        self._own[name] = implement(op_named(name), None, self.device, self.backend)
-        self._bind(self._own[name])
-        call: Callable[..., None] = self.__dict__[name]
+        made = implement(op_named(name), None, self.device, self.backend)
+        own = self._own.setdefault(name, made)
+        now = self._implementations.setdefault(name, own)
+        call: Callable[..., None] = self.__dict__.setdefault(name, now.call)
         return call
 
     @property
@@ -77,19 +81,36 @@ class Kernels:
             getattr(self, name)
         return self._implementations[name]
 
-    def check(self, op: str | Op, what: Implementable) -> Verified:
-        """The first half of a swap: verify `what` on the op's grid. It changes nothing, and may be
-        called on any thread. Raises `Mismatch`, `CompileError`."""
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph can hold the calls of all ops: a Python function that took an op's
+        place may wait for the device, which ends a capture."""
+        return all(each.is_capturable for each in tuple(self._implementations.values()))
+
+    def candidate(self, op: str | Op, what: Implementable) -> Candidate:
+        """`what` as it is now, to be verified and then put in place; see `swap`. It changes nothing,
+        and may be called on any thread."""
         found = op_named(op)
-        return verify_implementation(self._candidate(found, what), self.device)
+        what = Source.of_op(found.source) if what is None else with_text_read(found, what)
+        checked = implement(found, what, self.device, self._compiling, checks=True)
+        fast = checked
+        if isinstance(what, Source) and self._compiling == "emulated":
+            fast = implement(found, what, self.device, self._compiling)
+        return Candidate(checked, dataclasses.replace(fast, is_own=False))
+
+    def put(self, candidate: Candidate, verified: Verified) -> Swapped:
+        """The end of a swap."""
+        before = self.implementation(candidate.fast.op)
+        self._bind(candidate.fast)
+        self.version += 1
+        return Swapped(before, candidate.fast, verified)
 
     def swap(
         self,
         op: str | Op,
         what: Implementable,
         *,
-        live_arguments: Iterable[Arguments] = (),
-        checked: Verified | None = None,
+        live_arguments: Iterable[Arguments] | None = None,
     ) -> Swapped:
         """Verify `what` on the op's grid and on these calls' arguments, then put it in place.
 
@@ -97,24 +118,16 @@ class Kernels:
             what: CUDA C (text, path, `Source`), a `Program`, a Python function, "reference", or
                 the name of an alternative ("cute").
             live_arguments: of calls that the engine made, as `record` keeps them.
-            checked: what `check` returned for it, if the grid need not be verified again.
 
         Raises:
             Mismatch: it differs from the reference; what ran the op still does.
             CompileError: it does not compile; the same.
         """
-        found = op_named(op)
-        what = with_text_read(found, what)  # what was verified is what will run
-        on_grid = checked or self.check(found, what)
-        on_live = verify_implementation(
-            self._candidate(found, what), self.device, cases=(), live_arguments=live_arguments
-        )
-        verified = dataclasses.replace(on_live, errors=on_grid.errors | on_live.errors)
-        before = self.implementation(found)
-        now = implement(found, what, self.device, self._compiling)
-        self._bind(now)
-        self.version += 1
-        return Swapped(before, now, verified)
+        candidate = self.candidate(op, what)
+        verified = verify_implementation(candidate.checked, self.device)
+        if live_arguments is not None:
+            verified = verify_live(candidate.checked, live_arguments, verified)
+        return self.put(candidate, verified)
 
     def restore(self, op: str | Op) -> Implementation:
         """Put the op's own implementation back, if another is in its place."""
@@ -142,9 +155,6 @@ class Kernels:
         self.__dict__[name] = recorded
         return recording
 
-    def _candidate(self, op: Op, what: Implementable) -> Implementation:
-        return implement(op, what, self.device, self._compiling, checks=True)
-
     @property
     def _compiling(self) -> Backend:
         """A user's CUDA C runs emulated beside the reference."""
@@ -162,9 +172,18 @@ class Kernels:
             self.__dict__[name] = self._implementations[name].call
 
     def __repr__(self) -> str:
-        swapped = sum(not each.is_own for each in self._implementations.values())
+        swapped = sum(not each.is_own for each in tuple(self._implementations.values()))
         note = f", {swapped} swapped" if swapped else ""
         return f"Kernels({str(self.device)!r}, {self.backend!r}{note})"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a swap verifies and what it puts in place: one and the same, or the same source emulated
+    with the checks and without."""
+
+    checked: Implementation
+    fast: Implementation
 
 
 @dataclass(frozen=True, slots=True)

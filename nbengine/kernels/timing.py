@@ -17,6 +17,7 @@ import torch
 
 from nbengine.errors import NbengineError
 from nbengine.kernels.arguments import cloned, nbytes
+from nbengine.kernels.capture import captured
 from nbengine.kernels.op import Arguments
 
 MAX_SETS = 4096
@@ -120,12 +121,7 @@ class Replay:
 
     def _capture(self, num_passes: int) -> None:
         self.num_calls = num_passes * len(self._sets)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads (an engine's, a notebook's) may go on using the device meanwhile.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
+        with captured(self._stream) as self._graph:
             for _ in range(num_passes):
                 for arguments in self._sets:
                     self._call(**arguments)

@@ -8,7 +8,7 @@ changed: no input, and nothing between the rows of an output that is a slice.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import torch
@@ -19,7 +19,7 @@ from nbengine.kernels.arguments import cloned, span
 from nbengine.kernels.display import table_html, table_text
 from nbengine.kernels.implementation import Implementable, Implementation, implement, op_named
 from nbengine.kernels.op import Arguments, Case, Op, Tolerance
-from nbengine.kernels.program import Program
+from nbengine.kernels.program import Program, kernel_device
 
 
 class Mismatch(NbengineError, AssertionError):
@@ -46,6 +46,8 @@ class Verified:
     op: str
     implementation: str
     errors: dict[str, float]
+    num_live: int | None = None
+    """How many of these were calls of an engine; None where no engine was asked."""
 
     @property
     def worst(self) -> float:
@@ -59,11 +61,19 @@ class Verified:
         return [(name, f"{error:.1%}") for name, error in self.errors.items()]
 
     def __repr__(self) -> str:
-        num = len(self.errors)
         return (
-            f"{self.op}: {self.implementation} agrees with the reference on {num} "
-            f"call{'s' * (num != 1)}; the largest error is {self.worst:.0%} of what is allowed"
+            f"{self.op}: {self.implementation} agrees with the reference on {self._calls()}; the "
+            f"largest error is {self.worst:.0%} of what is allowed"
         )
+
+    def _calls(self) -> str:
+        num = len(self.errors) - (self.num_live or 0)
+        calls = f"{num} call{'s' * (num != 1)}"
+        if self.num_live is None:
+            return calls
+        if self.num_live == 0:
+            return f"{calls} of its grid, and on no live one: the engine makes none now"
+        return f"{calls} of its grid and {self.num_live} live"
 
     def _repr_html_(self) -> str:
         calls = table_html(_HEADERS, self._rows())
@@ -92,14 +102,17 @@ def verify(
 
     Raises:
         Mismatch: with the first wrong element, its index and both values.
+        InvalidField: kernels can't run on this device, or it is not there.
+        ValueError: no cases, or `what` is nothing that can be verified.
     """
     found = op_named(op)
-    if device is None:
-        if isinstance(what, Program):
-            device = what.device
-        else:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    if cases is not None:
+        cases = list(cases)
+        if not cases:
+            raise ValueError(f"no cases were given: {found.name} would agree with anything on none")
+    if device is None and isinstance(what, Program):
+        device = what.device
+    device = kernel_device(device)
     return verify_implementation(implement(found, what, device, checks=True), device, cases, seed)
 
 
@@ -108,18 +121,25 @@ def verify_implementation(
     device: torch.device,
     cases: Iterable[Case] | None = None,
     seed: int = 0,
-    live_arguments: Iterable[Arguments] = (),
 ) -> Verified:
-    """`verify` on the op's grid and on the arguments of calls that were made elsewhere."""
+    """`verify` on the op's grid, or on these cases."""
     op = implementation.op
     errors = {}
     for case in op.cases() if cases is None else cases:
         arguments = case.make(torch.Generator(device).manual_seed(seed))
         errors[case.name] = _verify_call(implementation, arguments, case.name)
+    return Verified(op.name, str(implementation), errors)
+
+
+def verify_live(
+    implementation: Implementation, live_arguments: Iterable[Arguments], on_grid: Verified
+) -> Verified:
+    """Check the arguments of an engine's calls too."""
+    errors = {}
     for i, arguments in enumerate(live_arguments):
         name = f"live call {i}"
-        errors[name] = _verify_call(implementation, _poisoned(op, arguments), name)
-    return Verified(op.name, str(implementation), errors)
+        errors[name] = _verify_call(implementation, _poisoned(implementation.op, arguments), name)
+    return replace(on_grid, errors=on_grid.errors | errors, num_live=len(errors))
 
 
 def verify_call(op: Op, program: Program, arguments: Arguments, name: str = "") -> float:
@@ -133,8 +153,9 @@ def _verify_call(implementation: Implementation, arguments: Arguments, name: str
     found = cloned(arguments)
     wanted = cloned(arguments, lambda name, tensor: name in op.outputs)
     implementation.call(**found)
-    if any(isinstance(x, Tensor) and x.is_cuda for x in found.values()):
-        torch.cuda.synchronize()  # pinned outputs are read next; and an error is this call's own
+    device = next((x.device for x in found.values() if isinstance(x, Tensor) and x.is_cuda), None)
+    if device is not None:  # pinned outputs are read next; and an error is this call's own
+        torch.cuda.current_stream(device).synchronize()
     op.reference(**wanted)
     tolerance = op.tolerance(arguments)
     written = {id(arguments.get(key)) for key in op.outputs}

@@ -108,11 +108,13 @@ class Decoder:
         return x
 
     @torch.inference_mode()
-    def compute_logits(self, hidden_rows: Tensor) -> Tensor:
-        """float32 `[R, vocab]` of rows `[R, hidden]` that `forward` returned."""
+    def compute_logits(self, hidden_rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 `[R, vocab]` of rows `[R, hidden]` that `forward` returned, in `out` if given."""
         if self.kernel_layers is not None:
-            return self.kernel_layers.compute_logits(hidden_rows)
-        return self.head(self.norm(hidden_rows)).float()
+            logits = self.kernel_layers.compute_logits(hidden_rows)
+        else:
+            logits = self.head(self.norm(hidden_rows))
+        return logits.float() if out is None else out.copy_(logits)
 
     def _compiled_for(self, kv_cache: KVCache) -> CompiledDecode | None:
         if self._compiled is None or self._compiled[0]() is not kv_cache:

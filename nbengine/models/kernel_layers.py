@@ -23,6 +23,8 @@ from nbengine.errors import InvalidField
 from nbengine.execution.batch import Batch
 from nbengine.execution.kv_cache import KVCache
 from nbengine.kernels.compiler import ToolchainMissing, nvidia_headers, nvrtc_version
+from nbengine.kernels.ops import gemv
+from nbengine.kernels.ops.paged_attention import HEAD_DIMS, MAX_GROUP
 from nbengine.kernels.ops.paged_attention_decode import workspace_bytes
 from nbengine.kernels.shapes import MAX_VOCAB_SIZE
 from nbengine.kernels.table import Kernels
@@ -33,11 +35,6 @@ if TYPE_CHECKING:
     from nbengine.models.decoder import Decoder, Layer
 
 _log = logging.getLogger("nbengine")
-
-HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_GROUP = 16
-GEMV_ROWS = 16
-"""Rows up to which a matrix-vector kernel beats the library's matrix product."""
 
 
 def unserved(config: ModelConfig, dtype: torch.dtype, quantization: str | None) -> str | None:
@@ -104,10 +101,14 @@ class KernelLayers:
             decoder.device, config.num_heads, config.num_kv_heads, config.head_dim
         )
         self._workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=decoder.device)
+        self._version = kernels.version
 
     def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """The last layer's output `[T, hidden]`, and the batch's keys and values in the cache."""
         decoder, kernels = self.decoder, self.kernels
+        if self._version != kernels.version:  # another implementation may have left anything there
+            self._workspace.zero_()
+            self._version = kernels.version
         x = embedding(batch.token_ids, decoder.embedding)  # the residual stream
         normed = torch.empty_like(x)
         norm = decoder.layers[0].input_norm
@@ -129,15 +130,15 @@ class KernelLayers:
         return x
 
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
-        """float32 `[R, vocab]` of rows `[R, hidden]` of the layers' output."""
+        """`[R, vocab]` of rows `[R, hidden]` of the layers' output."""
         norm = self.decoder.norm
         normed = torch.empty_like(hidden_rows)
         self.kernels.rms_norm(out=normed, x=hidden_rows, weight=norm.weight, eps=norm.eps)
-        return self.product(self.decoder.head, normed).float()
+        return self.product(self.decoder.head, normed)
 
     def product(self, weights: Linear, x: Tensor) -> Tensor:
         """x `[T, in]` times the matrix, plus its bias."""
-        few = x.shape[0] <= GEMV_ROWS
+        few = x.shape[0] <= gemv.MAX_ROWS  # up to which it beats the library's product
         if isinstance(weights, QuantizedLinear):
             if not few or x.dtype == torch.float32:  # which tensor cores would round
                 return weights.multiply(x, self.kernels.dequantize)

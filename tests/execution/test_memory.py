@@ -138,3 +138,28 @@ def test_a_containers_limit_counts_where_it_is_less(tmp_path):
 
 def test_without_meminfo_half_of_the_memory_counts_as_free(tmp_path):
     assert GIB // 4 < free_host_memory(tmp_path / "none", tmp_path / "none") < 2**50
+
+
+class TestAShareOfAGpu:
+    """`gpu_memory_utilization` is vLLM's: one engine's share of the whole, whoever has the rest."""
+
+    GPU = torch.device("cuda", 0)
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (42 * GIB, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def plan(self, **fields: object):
+        settings = EngineConfig(model="any", **fields)
+        return plan_memory(CONFIG, settings, dtype=torch.bfloat16, device=self.GPU)
+
+    def test_beside_another_engine_it_is_the_same_share(self):
+        budget = self.plan(gpu_memory_utilization=0.45)
+        used = budget.weights + budget.activations + budget.kv_cache
+        assert 0.45 * 80 * GIB - budget.block_bytes < used <= 0.45 * 80 * GIB
+
+    def test_a_share_that_is_not_free_is_refused_with_the_one_that_is(self):
+        words = r"0.9 is 72.00 GiB of the 80.00 GiB of cuda:0, and 42.00 GiB are free: .* 0.52 or"
+        with pytest.raises(NotEnoughMemory, match=words):
+            self.plan()

@@ -12,15 +12,14 @@ from nbengine.kernels.emulator import EmulatedProgram
 from nbengine.kernels.op import Op
 from nbengine.kernels.program import Program
 from nbengine.kernels.source import Source
+from tests.gpu import needs_gpu
 
 
-@pytest.fixture(params=["emulated", "cuda"])
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=needs_gpu)])
 def program_for(request: pytest.FixtureRequest) -> Callable[[Op], Program]:
     """program_for(op) is the op's own source on one backend; a test that takes this fixture runs
     once on each."""
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("this machine has no NVIDIA GPU")
         from nbengine.kernels.launcher import CudaProgram
 
         return lambda op: CudaProgram(Source.of_op(op.source), torch.device("cuda"))

@@ -163,21 +163,20 @@ class FakeGpu:
                 return (other.at - self.at) * 1e3
 
         @contextlib.contextmanager
-        def graph(graph, stream, capture_error_mode):
-            before = gpu.calls
-            yield
+        def captured(stream):
+            graph, before = Graph(), gpu.calls
+            yield graph
             graph.num_calls = gpu.calls - before
 
         for name, fake in {
             "Stream": Stream,
-            "CUDAGraph": Graph,
             "Event": Event,
-            "graph": graph,
             "stream": lambda stream: contextlib.nullcontext(),
             "device": lambda device: contextlib.nullcontext(),
             "current_stream": lambda device: Stream(),
         }.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(timing, "captured", captured)
 
     def call(self, index):
         self.calls += 1

@@ -69,6 +69,21 @@ def test_swaps_are_those_of_the_kv_cache(program_for: Callable[[Op], Program]) -
     assert torch.equal(host, cache.host)
 
 
+def test_more_swaps_than_a_grid_holds_are_several_launches(
+    program_for: Callable[[Op], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swap_blocks, "_MAX_PAIRS", 2)
+    program = program_for(swap_blocks.OP)
+    cache = cache_on(program.device)
+    host = cache.host.clone()
+    if program.device.type == "cuda":
+        host = host.pin_memory()
+    pairs = torch.tensor([(7, 0), (59, 4), (0, 2), (8, 1), (9, 3)], device=program.device)
+    swap_blocks.launch(program, source=cache.data, target=host, pairs=pairs)
+    cache.swap_out([(int(a), int(b)) for a, b in pairs])
+    assert torch.equal(host, cache.host)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     cache = torch.zeros(2, 2, 6, 2, 8, 16)
     pair = torch.zeros(1, 2, dtype=torch.int64)

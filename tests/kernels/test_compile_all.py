@@ -20,9 +20,16 @@ from nbengine.kernels.report import LIMITS
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 
-MAY_SPILL_BYTES = {"paged_attention_decode": 64, "paged_attention_prefill": 64, "sample": 16}
-"""How many addresses the tiles of attention leave registers for depends on NVRTC's version. `sample`
-keeps a word or two across calls, outside of its loops, so that two blocks fit a multiprocessor."""
+MAY_SPILL_BYTES = {
+    "paged_attention_decode<__nv_bfloat16, 256, 2,": 1024,
+    "paged_attention_decode": 64,
+    "paged_attention_prefill": 64,
+    "sample": 16,
+}
+"""By the beginning of the kernel's name. How many addresses the tiles of attention leave registers
+for depends on NVRTC's version; more than 8 queries of 256 dimensions are more than the registers
+hold. `sample` keeps a word or two across calls, outside of its loops, so that two blocks fit a
+multiprocessor."""
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="NVRTC has no build for macOS")
 
@@ -66,6 +73,15 @@ def wishes(name: str, architecture: str) -> Wishes:
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_a_newer_architecture_takes_the_same_path(name: str) -> None:
+    newest = compiler.supported_architectures()[-1]
+    assert int(newest[3:]) > 90
+    asked = wishes(name, ARCHITECTURES[-1])
+    cubin = compiler.compile(asked.source, next(iter(asked.launches)), newest)
+    assert cubin.code and cubin.warnings == ()
+
+
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_specialisation_compiles_without_warnings_or_spills(
     name: str, architecture: str
@@ -83,6 +99,7 @@ def test_every_specialisation_compiles_without_warnings_or_spills(
             title = f"{cubin.expression} on {architecture}"
             assert cubin.warnings == (), title
             spilled = max(used.spill_store_bytes, used.spill_load_bytes)
-            assert spilled <= MAY_SPILL_BYTES.get(name, 0), title
+            may = (n for start, n in MAY_SPILL_BYTES.items() if cubin.expression.startswith(start))
+            assert spilled <= next(may, 0), title
             assert threads <= used.max_threads, title
             assert used.shared_bytes + shared_bytes <= limits.block_shared_bytes, title

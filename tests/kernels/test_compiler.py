@@ -99,9 +99,46 @@ def test_everything_that_it_is_made_from_makes_another_entry(
     made.add(compiler.compile(source, "f", "sm_90", ["--use_fast_math"]).ptx)
     made.add(compiler.compile(Source(text + "\n", source.name, tmp_path), "f", "sm_90").ptx)
     nested.write_text("#define FACTOR 3\n")
-    made.add(compiler.compile(source, "f", "sm_90").ptx)
+    made.add(compiler.compile(Source.read(tmp_path / "f.cu"), "f", "sm_90").ptx)
     assert len(compilations) == 5
-    assert sum("0f40400000" in ptx for ptx in made) == 1  # 3.0f
+    assert sum(THREE in ptx for ptx in made) == 1
+
+
+THREE = "0f40400000"  # 3.0f in PTX
+
+
+def test_a_header_in_a_folder_of_the_options_makes_another_entry_too(
+    compilations: list[str], tmp_path: Path
+) -> None:
+    source = Source(
+        '#include "nb/types.cuh"\n#include "factor.cuh"\n'
+        "__global__ void f(float* x) { *x *= FACTOR; }\n",
+        "f.cu",
+    )
+    found = []
+    for option in (f"-I{tmp_path}", f"--include-path={tmp_path}"):
+        for factor in (2, 3):
+            text = f'#include "nb/types.cuh"\n#define FACTOR {factor}\n'
+            (tmp_path / "factor.cuh").write_text(text)
+            found.append(THREE in compiler.compile(source, "f", "sm_90", [option]).ptx)
+    assert found == [False, True, False, True]
+
+
+def test_headers_are_compiled_as_they_were_when_the_source_was_read(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    once = tmp_path / "parts" / "once.cuh"
+    once.write_text('#pragma once\n#include "factor.cuh"\nconstexpr float kFactor = FACTOR;\n')
+    factor = tmp_path / "parts" / "factor.cuh"
+    factor.write_text("#ifndef FACTOR\n#define FACTOR 3\n#endif\n")
+    (tmp_path / "f.cu").write_text(
+        '#include "parts/once.cuh"\n#include "parts/factor.cuh"\n#include "parts/once.cuh"\n'
+        "template <typename T> __global__ void f(T* x) { *x *= kFactor; }\n"
+    )
+    source = Source.read(tmp_path / "f.cu")
+    assert THREE in compiler.compile(source, "f<float>", "sm_80").ptx
+    factor.write_text("#define FACTOR 2\n")
+    once.unlink()
+    assert THREE in compiler.compile(source, "f<float>", "sm_90").ptx
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "folder"])
@@ -208,6 +245,28 @@ def test_an_error_in_the_template_arguments_is_shown_at_the_kernel(
     assert "__global__ void scale" in str(error)
 
 
+def test_a_missing_brace_is_told_alone() -> None:
+    error = refusal(TEXT.removesuffix("}\n"), "scale<float>")
+    (diagnostic,) = error.diagnostics
+    assert diagnostic.place == "my.cu:4:17"
+    assert "closing brace of template definition not found" in str(error)
+
+
+def test_what_an_instance_refuses_names_no_line_of_nvrtcs_own() -> None:
+    text = "template <typename T> __global__ T f(T* x) { return *x; }\n"
+    error = refusal(text, "f<float>")
+    assert "must have a void return type" in str(error)
+    assert "based on template argument <float>" in str(error)
+    assert "__nv_name_map" not in str(error)
+
+
+def test_a_caret_stands_at_its_character_after_those_of_several_bytes() -> None:
+    error = refusal("__global__ void f(float* x) {\n\t/* äöü€ */\t*x = missing;\n}\n", "f")
+    (at,) = (i for i, line in enumerate(str(error).split("\n")) if "= missing" in line)
+    line, caret = str(error).split("\n")[at : at + 2]
+    assert caret.index("^") == line.index("missing")
+
+
 def test_a_half_type_without_its_header_is_told_which() -> None:
     error = refusal("template <typename T> __global__ void f(T* x) {}", "f<__nv_bfloat16>")
     assert "#include <cuda_bf16.h>" in str(error)
@@ -225,8 +284,10 @@ def test_a_header_of_the_user_is_read_for_its_lines(tmp_path: Path) -> None:
         "#pragma once\n__device__ int broken() { return missing; }\n"
     )
     (tmp_path / "f.cu").write_text('#include "mine.cuh"\n__global__ void f(int* x) {}\n')
+    source = Source.read(tmp_path / "f.cu")
+    (tmp_path / "mine.cuh").write_text("")
     with pytest.raises(CompileError) as refused:
-        compiler.compile(Source.read(tmp_path / "f.cu"), "f", "sm_90")
+        compiler.compile(source, "f", "sm_90")
     assert refused.value.diagnostics[0].place.startswith(f"{tmp_path / 'mine.cuh'}:2:")
     assert "2 | __device__ int broken()" in str(refused.value)
 
@@ -269,21 +330,13 @@ def test_a_device_newer_than_nvrtc_gets_code_of_its_own_generation(
         compiler.architecture_for((12, 0))
 
 
-def test_without_nvidias_packages_the_error_says_what_to_install(
+def test_without_nvidias_compiler_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compiler.nvidia_headers.cache_clear()
     compiler.nvrtc_version.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
-    try:
-        with pytest.raises(compiler.ToolchainMissing, match=r"pip install 'nbengine\[cuda\]'"):
-            compiler.compile(SOURCE, "scale<float>", "sm_90")
-        with pytest.raises(compiler.ToolchainMissing, match=r"pip install 'nbengine\[cuda\]'"):
-            compiler.nvidia_headers()
-    finally:
-        monkeypatch.undo()
-    assert compiler.nvidia_headers()
+    with pytest.raises(compiler.ToolchainMissing, match=r"pip install 'nbengine\[cuda\]'"):
+        compiler.compile(SOURCE, "scale<float>", "sm_90")
 
 
 def test_every_header_of_the_project_compiles_by_itself() -> None:

@@ -75,6 +75,23 @@ def test_a_caret_stands_under_its_column_also_after_tabs() -> None:
     assert drawn[4] == "    3 | last"
 
 
+def test_a_caret_stands_under_its_column_also_after_characters_of_several_bytes() -> None:
+    texts = {"t.cu": "\t/* äöü€ */\tint x = y;\n"}
+    column = texts["t.cu"].encode().index(b"y;") + 1
+    drawn = draw(Diagnostic("t.cu", 1, column, "error", "no y"), texts).splitlines()
+    assert drawn[2].index("^") == drawn[1].index("y;")
+
+
+def test_lines_end_where_a_compiler_ends_them() -> None:
+    texts = {"t.cu": "one\f// \u2028 still\r\nint x = y;\n"}
+    _, before, line, caret = draw(Diagnostic("t.cu", 2, 9, "error", "no y"), texts).split("\n")
+    assert before == "    1 | one\f// \u2028 still"
+    assert line == "    2 | int x = y;"
+    assert caret.index("^") == line.index("y")
+    log = "t.cu(2): error: no y\n  int /*\u2028*/ x = y;\n                  ^\n"
+    assert parse_nvrtc(log)[0].column == 17
+
+
 @pytest.mark.parametrize("line", [None, 0, 99])
 def test_a_place_that_does_not_exist_is_named_without_lines(line: int | None) -> None:
     assert "\n" not in draw(Diagnostic("t.cu", line, 1, "error", "odd"), {"t.cu": "one\n"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbengine.kernels import CompileError
+from nbengine.kernels import CompileError, LaunchError
 from nbengine.kernels.emulator import EmulatedProgram, NoCompiler, build
-from nbengine.kernels.program import Kernel
+from nbengine.kernels.program import MAX_SHARED_BYTES, Kernel
 from nbengine.kernels.source import Source
 from tests.kernels.emulation import floats, ints, kernel, line_of, traced
 
@@ -743,6 +744,145 @@ print(out.tolist())
             [sys.executable, "-c", script], capture_output=True, text=True, env=environment
         )
         assert done.stdout == "[1, 2]\n", done.stderr
+
+
+def test_shared_memory_is_found_behind_a_string_that_looks_like_a_comment() -> None:
+    text = """
+    __global__ void kernel(float* out) {
+      const char* path = "//"; extern __shared__ float shared[];
+      shared[0] = path[0];
+      out[0] = shared[0];
+    }
+    """
+    out = floats(1)
+    kernel(text)[1, 1, 4](out)
+    assert out.item() == ord("/")
+
+
+def test_headers_are_compiled_as_they_were_when_the_source_was_read(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    once = tmp_path / "parts" / "once.cuh"
+    once.write_text('#pragma once\n#include "factor.cuh"\nextern __shared__ float shared[];\n')
+    factor = tmp_path / "parts" / "factor.cuh"
+    factor.write_text("#ifndef FACTOR\n#define FACTOR 3\n#endif\n")
+    (tmp_path / "f.cu").write_text("""
+        #include "parts/once.cuh"
+        #include "parts/factor.cuh"
+        #include <parts/once.cuh>
+        template <typename T> __global__ void f(T* x) {
+          shared[0] = FACTOR;
+          x[0] *= shared[0];
+        }
+    """)
+    program = EmulatedProgram(Source.read(tmp_path / "f.cu"), checks=True)
+    factor.write_text("#define FACTOR 2\n")
+    once.unlink()
+    x = torch.ones(1)
+    program.kernel("f", torch.float32)[1, 1, 4](x)
+    assert x.item() == 3
+
+
+def refusal(text: str, expression: str, name: str = "my.cu") -> CompileError:
+    with pytest.raises(CompileError) as refused:
+        EmulatedProgram(Source(text, name)).kernel(expression)
+    assert "nb_" not in str(refused.value) and "entry" not in str(refused.value)
+    return refused.value
+
+
+COPY = """template <typename T>
+__global__ void copy(T* out, const T* x) {
+  out[threadIdx.x] = x[threadIdx.x];
+}
+"""
+
+
+def test_a_missing_brace_is_shown_where_the_source_ends() -> None:
+    error = refusal(COPY.removesuffix("}\n"), "copy<float>")
+    (diagnostic,) = error.diagnostics
+    assert (diagnostic.file, diagnostic.notes[0][:11]) == ("my.cu", "my.cu:2:42:")
+    assert "expected" in diagnostic.message and "}" in diagnostic.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [("3", "has no instance for these"), ("nosuch", "nosuch"), ("float", "expected|parse error")],
+)
+def test_an_error_in_the_template_arguments_is_shown_at_the_kernel(
+    arguments: str, told: str
+) -> None:
+    expression = f"copy<{arguments}{'' if arguments == 'float' else '>'}"
+    (diagnostic,) = refusal(COPY, expression).diagnostics
+    assert (diagnostic.file, diagnostic.line) == ("my.cu", 2)
+    assert diagnostic.message.startswith(f"{expression}: ")
+    assert re.search(told, diagnostic.message)
+
+
+def test_an_error_in_an_instance_says_of_which_types_and_no_more() -> None:
+    (diagnostic,) = refusal(
+        COPY.replace("= x[threadIdx.x]", "= T::nosuch"), "copy<float>"
+    ).diagnostics
+    assert diagnostic.line == 3
+    assert any(re.search("T = float|copy<float>", note) for note in diagnostic.notes)
+
+
+@pytest.mark.parametrize("before", ["\t\t", "\t/* äöü€ */\t"])
+def test_a_caret_stands_at_its_character_in_a_file_with_tabs(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "tabs.cu"
+    path.write_text(f"__global__ void f(float* x) {{\n{before}*x = missing;\n}}\n")
+    shown = str(refusal(path.read_text(), "f", str(path))).split("\n")
+    at = next(i for i, line in enumerate(shown) if line.startswith("    2 |"))
+    assert shown[at + 1].index("^") == shown[at].index("missing")
+
+
+def test_the_compiler_is_asked_to_speak_english(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\necho "$LC_ALL, $LANGUAGE" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "_compiler", lambda: str(compiler))
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("LANGUAGE", "de")
+    with pytest.raises(build._Refused, match=r"^C\.UTF-8, $"):
+        build._run("--version")
+
+
+def test_an_error_in_a_header_is_shown_at_the_headers_own_line(tmp_path: Path) -> None:
+    header = tmp_path / "mine.cuh"
+    header.write_text("#pragma once\n__device__ int broken() { return missing; }\n")
+    (tmp_path / "f.cu").write_text('#include "mine.cuh"\n__global__ void f(int* x) {}\n')
+    source = Source.read(tmp_path / "f.cu")
+    header.write_text("")
+    with pytest.raises(CompileError) as refused:
+        EmulatedProgram(source).kernel("f")
+    assert refused.value.diagnostics[0].place.startswith(f"{header}:2:")
+    assert "2 | __device__ int broken()" in str(refused.value)
+
+
+def test_a_block_beyond_the_launch_bounds_is_refused_as_on_a_gpu() -> None:
+    text = """
+    template <int kWarps>
+    __global__ void __launch_bounds__(kWarps * 32) kernel() {}
+    """
+    kernel(text, "kernel<2>")[1, 64]()
+    with pytest.raises(LaunchError, match="has 65 threads, and the kernel can be launched with at"):
+        kernel(text, "kernel<2>")[1, 65]
+
+
+def test_static_and_dynamic_shared_memory_share_the_limit() -> None:
+    text = """
+    __global__ void kernel_of_another() { __shared__ float mine[8192]; mine[0] = 1; }
+    template <typename T>
+    __global__ void kernel() {
+      __shared__ T tile[4096];
+      extern __shared__ T rest[];
+      tile[0] = rest[0] = 1;
+    }
+    """
+    most = MAX_SHARED_BYTES - 4096 * 4
+    kernel(text, "kernel<float>")[1, 1, most]()
+    with pytest.raises(LaunchError, match=f"can have 0 to {most:,} here"):
+        kernel(text, "kernel<float>")[1, 1, most + 1]
 
 
 def test_counters_of_a_copy_and_of_a_transpose() -> None:

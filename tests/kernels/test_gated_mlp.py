@@ -11,6 +11,7 @@ from nbengine.kernels.op import Op
 from nbengine.kernels.ops import gated_mlp
 from nbengine.kernels.program import Program
 from nbengine.models.ops import silu_and_mul
+from tests.gpu import needs_gpu
 
 
 def test_silu_gates_as_the_decoder_does(program_for: Callable[[Op], Program]) -> None:
@@ -36,7 +37,7 @@ def test_extreme_gates_are_shut_or_open(
     assert out[0, 7].isnan()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 8 GiB free")
+@needs_gpu
 def test_rows_whose_elements_pass_2_to_the_31() -> None:
     """65,600 x 37,888 = 2.49e9 elements of gate_up, and a grid of more than 65,535 rows."""
     from nbengine.kernels.launcher import CudaProgram

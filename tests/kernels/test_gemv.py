@@ -76,7 +76,7 @@ def test_rows_do_not_meet(program_for: Callable[[Op], Program]) -> None:
     x = torch.randn(9, 64, device=program.device).half()
     weight = torch.randn(40, 64, device=program.device).half()
     x[3, 5] = weight[17, 60] = torch.nan
-    out = torch.zeros(9, 40, dtype=torch.float16, device=program.device)
+    out = torch.full((9, 40), torch.nan, dtype=torch.float16, device=program.device)
     gemv.launch(program, out=out, x=x, weight=weight)
     expected = torch.zeros(9, 40, dtype=torch.bool, device=program.device)
     expected[3], expected[:, 17] = True, True

@@ -128,29 +128,48 @@ def test_a_report_shows_figures_errors_and_bars(gpu_check):
     assert gpu_check.is_right(result)
 
 
-def test_a_run_keeps_its_result_and_its_exit_status_says_what_is_missed(
-    gpu_check, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def found():
+    """What the workers of a run find."""
     good = timed("paged_attention_prefill", "8k-bfloat16", tflops=301.0)
-    found = {
-        "roofline": [{"op": "roofline", "read_bytes_per_s": 4e12, "read_by": "torch.sum"}],
+    roofline = {"op": "roofline", "read_bytes_per_s": 4e12, "read_by": "torch.sum"}
+    return {
+        "roofline": [roofline | {"copy_bytes_per_s": 4e12, "matrix_flops_per_s": 8e14}],
         "verify": [],
         "bench": [good],
+        "launch": [{"op": "launch", "us": {"rms_norm": 5.5}}],
     }
-    found["launch"] = [{"op": "launch", "us": {"rms_norm": 5.5}}]
-    found["roofline"][0] |= {"copy_bytes_per_s": 4e12, "matrix_flops_per_s": 8e14}
-    where = {"device": "NVIDIA H200", "driver": "580", "torch": "2.11", "nvrtc": "13.0"}
+
+
+MACHINE = {"device": "NVIDIA H200", "driver": "580", "torch": "2.11", "nvrtc": "13.0"}
+
+
+@pytest.fixture
+def run(gpu_check, found, tmp_path, monkeypatch):
+    """run(*options) is the exit status; results are in `tmp_path`."""
     monkeypatch.setattr(gpu_check, "run_worker", lambda task, names: found[task])
-    monkeypatch.setattr(gpu_check, "machine", lambda: where)
+    passed = {"summary": "1 passed", "failures": [], "passed": True}
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *which: passed | {"which": which})
+    ended = {"passed": True, "cases": {}, "errors": [], "seconds": 1}
+    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda tool, names: ended | {"tool": tool})
+    monkeypatch.setattr(gpu_check, "machine", lambda: MACHINE)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path), *options])
         return gpu_check.main()
 
+    return run
+
+
+def test_a_run_keeps_its_result_and_its_exit_status_says_what_is_missed(
+    run, found, tmp_path, capsys
+):
+    (good,) = found["bench"]
     assert run("--only", "paged_attention_prefill") == 0
-    result = json.loads((tmp_path / "gpu_check_nvidia_h200.json").read_text())
-    assert result["bench"] == [good] and result["machine"] == where and result["date"]
+    kept = tmp_path / "gpu_check_nvidia_h200_verify_bench_paged_attention_prefill.json"
+    result = json.loads(kept.read_text())
+    assert result["bench"] == [good] and result["machine"] == MACHINE and result["date"]
     assert [bar["met"] for bar in result["bars"]] == [True]
     printed = capsys.readouterr().out
     assert "met" in printed and "µs: rms_norm 5.5" in printed
@@ -162,3 +181,28 @@ def test_a_run_keeps_its_result_and_its_exit_status_says_what_is_missed(
     with pytest.raises(SystemExit):
         run("--only", "nothing")
     assert "no op nothing" in capsys.readouterr().err
+
+
+def test_a_run_of_some_parts_leaves_the_file_of_a_whole_one_alone(run, tmp_path):
+    without = ("--skip-tests", "--skip-verify", "--skip-bench")
+    run("--sanitizer")
+    run(*without, "--sanitizer")
+    run("--skip-bench")
+    run("--only", "rope", "gemv", "--skip-verify")
+    assert {path.stem.removeprefix("gpu_check_nvidia_h200"): list(json.loads(path.read_text()))[4:]
+            for path in tmp_path.iterdir()} == {
+        "": ["verify", "tests", "roofline", "launch", "bench", "bars", "sanitizer"],
+        "_sanitizer": ["sanitizer"],
+        "_tests_verify": ["verify", "tests"],
+        "_bench_rope_gemv": ["roofline", "launch", "bench", "bars"],
+    }  # fmt: skip
+
+
+def test_the_tests_that_run_are_marked_and_those_whose_engines_choose_the_gpu_exist(
+    gpu_check, run, tmp_path
+):
+    run("--skip-verify", "--skip-bench")
+    result = json.loads((tmp_path / "gpu_check_nvidia_h200_tests.json").read_text())
+    marks, engines, alone = (tests["which"] for tests in result["tests"])
+    assert (marks, alone) == (["gpu and not gpu_alone"], ["gpu_alone"])
+    assert all((gpu_check.ROOT / path).is_file() for path in engines[1:])

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nbengine.errors import InvalidField
 from nbengine.kernels import CompileError, load
+from nbengine.kernels.lab import verify
 
 TEXT = """
 template <typename T>
@@ -28,6 +30,39 @@ def test_load_takes_a_path_or_text_and_emulates_without_a_gpu(tmp_path: Path) ->
         x, out = torch.arange(100.0), torch.full((100,), torch.nan)
         kernel[2, 64](out, x, 100, 3.0)
         assert torch.equal(out, x * 3)
+
+
+def test_text_may_be_one_line() -> None:
+    kernel = load("__global__ void set(float* x) { x[0] = 3; }", "set", device="cpu")
+    x = torch.zeros(1)
+    kernel[1, 1](x)
+    assert x.item() == 3
+    with pytest.raises(CompileError, match="it has: set"):
+        load("__global__ void set(float* x) { x[0] = 3; }" + 300 * " ", "get", device="cpu")
+
+
+def test_a_device_without_kernels_and_a_gpu_that_is_not_there_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:3", torch.device("cuda")):
+        with pytest.raises(InvalidField, match=r"torch sees no NVIDIA GPU here; on \"cpu\""):
+            load(TEXT, "scale<float>", device=device)
+        with pytest.raises(InvalidField, match="torch sees no NVIDIA GPU"):
+            verify("rms_norm", device=device)
+    with pytest.raises(InvalidField, match="device='mps': kernels run on an NVIDIA GPU"):
+        load(TEXT, "scale<float>", device="mps")
+    with pytest.raises(InvalidField, match="device='mps'"):
+        verify("rms_norm", device="mps")
+
+
+def test_a_null_character_is_refused_at_its_place(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"kernel\.cu:2:4: error: a null character"):
+        load("// é\n é\0__global__ void f() {}", "f")
+    (tmp_path / "f.cuh").write_text("int a;\0")
+    (tmp_path / "f.cu").write_text('#include "f.cuh"\n')
+    with pytest.raises(CompileError, match=r"f\.cuh:1:7: error: a null character"):
+        load(tmp_path / "f.cu", "f")
 
 
 def test_load_of_a_file_that_is_not_there_names_it() -> None:

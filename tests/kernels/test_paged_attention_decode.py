@@ -145,7 +145,13 @@ def test_slices_of_wider_tables_and_rows_are_read_in_place(program: Program) -> 
         ({"k_cache": torch.zeros(9, 2, 12, 128)}, "block_size is 12"),
         ({"v_cache": torch.zeros(9, 2, 16, 64)}, "v_cache has the shape"),
         ({"workspace": torch.zeros(64, dtype=torch.uint8)}, "workspace has 64 bytes"),
+        (
+            {"workspace": torch.zeros(10**7, dtype=torch.uint8)[8:]},
+            "workspace starts 8 bytes after",
+        ),
         ({"rows": torch.zeros(3, dtype=torch.int64)}, "rows has the shape"),
+        ({"q": torch.zeros(4, 14, 128), "out": torch.zeros(4, 14, 128)}, "4 rows for 5 sequences"),
+        ({"window": 0}, "window is 0"),
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused_in_words(
@@ -153,6 +159,18 @@ def test_what_the_kernel_cannot_take_is_refused_in_words(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         decode.launch(EmulatedProgram(Source.of_op(decode.OP.source)), **_made(CHUNKED, **changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("few_pairs", [True, False])
+def test_the_partial_results_of_any_shape_fit_the_least_shared_memory_of_a_gpu(
+    dtype: torch.dtype, few_pairs: bool
+) -> None:
+    """sm_86, sm_89 and sm_120 give a block 99 KiB."""
+    for head_dim in decode.HEAD_DIMS:
+        for group in range(1, 17):
+            warps, _ = decode.block_shape(dtype, head_dim, group, few_pairs)
+            assert warps * decode._partial_bytes(group, head_dim) + 1024 <= 99 * 1024
 
 
 @pytest.mark.parametrize("block_size", [8, 256])

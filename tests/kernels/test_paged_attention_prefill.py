@@ -86,6 +86,7 @@ def test_what_the_kernel_does_not_take_is_refused_with_the_numbers(program: Prog
     refused("2 query heads over 1 KV heads of 48", q=a["q"][..., :48], out=a["out"][..., :48])
     refused("block_size is 6", k_cache=a["k_cache"][:, :, :6])
     refused("scale is 0", scale=0.0)
+    refused("window is 0", window=0)
     refused(
         r"q \[4, 2, 64\] has the strides", q=a["q"].transpose(0, 1).contiguous().transpose(0, 1)
     )

@@ -63,6 +63,11 @@ def test_a_row_is_the_same_alone_and_beside_a_row_of_nan(
         ({"weight": torch.ones(32)}, r"weight has the shape \[32\], and needs \[64\]"),
         ({"out": torch.zeros(3, 64)}, r"out has the shape \[3, 64\], and needs \[2, 64\]"),
         ({"residual": torch.zeros(4, 64)[::2]}, r"residual .* must be contiguous"),
+        (
+            {name: torch.zeros(2, 3, 64) for name in ("out", "x")}
+            | {"weight": torch.ones(3, 64), "residual": torch.zeros(2, 64)},
+            r"x \[2, 3, 64\] has heads",
+        ),
         ({"x": torch.zeros(64, 2).T}, r"x \[2, 64\] has the strides .* each row must be dense"),
         ({"x": torch.zeros(2, 65)[:, 1:]}, r"x .* must start at multiples of 16 bytes"),
     ],

@@ -182,7 +182,9 @@ def test_a_row_begins_beyond_2_to_the_31_elements(program_for: Callable[[Op], Pr
     logits = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
     logits[-1, 77] = 1.0
     out_ids = torch.full((rows,), -1, device="cuda")
-    greedy.launch(program, out_ids=out_ids, largest=torch.empty(rows, device="cuda"), logits=logits)
+    largest = torch.full((rows,), torch.nan, device="cuda")
+    greedy.launch(program, out_ids=out_ids, largest=largest, logits=logits)
+    assert largest[-1] == 1.0 and (largest[:-1] == 0.0).all()
     assert out_ids[-1] == 77 and (out_ids[:-1] == 0).all()
 
 

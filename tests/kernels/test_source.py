@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nbengine.kernels import CompileError, Source
-from nbengine.kernels.source import Parameter, instantiation, parameters
+from nbengine.kernels.source import Parameter, instantiation, launch_bound, parameters
 
 
 def types(text: str, expression: str) -> list[str]:
@@ -50,6 +50,7 @@ def test_template_arguments_are_put_in_and_qualifiers_taken_out() -> None:
         "__global__ void f(float *__restrict__ x = nullptr)",
         "#define TEXT \"__global__ void f(int a, int b)\"\n__global__ void f(float* x)",
         "// __global__ void f(int a)\n__global__ void f(float* x)",
+        "char a = '\"'; __global__ void f(float* x) {} char b = '\"'; void g()",
         "namespace mine { __global__ void f(float* x)",
     ],
 )  # fmt: skip
@@ -57,6 +58,99 @@ def test_a_kernel_is_found_however_it_is_declared(declaration: str) -> None:
     expression = "f<1, 2>" if "template" in declaration else "f"
     expression = "mine::f" if "namespace" in declaration else expression
     assert types(declaration + " {}", expression) == ["float* x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expression"),
+    [
+        ("template <typename T, typename A = T> __global__ void f(A* x) {}", "f<float>"),
+        ("template <typename T, typename A = T, typename B = A> __global__ void f(B* x) {}",
+         "f<float>"),
+        ("template <typename T> __global__ void f(T* x) {}", "f<const float>"),
+        ("using real = float;\n__global__ void f(const real* x) {}", "f"),
+        ("namespace my { typedef const float real; using Real = real; }\n"
+         "__global__ void f(my::Real* x) {}", "f"),
+        ("#define REAL float\n__global__ void f(REAL* x) {}", "f"),
+        ("using Reals = float*;\n__global__ void f(Reals x) {}", "f"),
+    ],
+)  # fmt: skip
+def test_a_type_is_known_by_whatever_name_it_goes(text: str, expression: str) -> None:
+    assert types(text, expression) == ["float* x"]
+
+
+@pytest.mark.parametrize("given", ["std::int32_t", "::cuda::std::int32_t", "int32_t", "int"])
+def test_a_standard_type_may_be_given_in_its_namespace(given: str) -> None:
+    assert types("template <typename T> __global__ void f(T* x) {}", f"f<{given}>") == ["int* x"]
+
+
+@pytest.mark.parametrize("other", ["double", "T"])
+def test_of_a_name_with_two_meanings_none_is_taken(other: str) -> None:
+    text = f"using real = float;\nusing real = {other};\n__global__ void f(real* x) {{}}"
+    assert types(text, "f") == ["real* x"]
+    assert types("using a = b;\nusing b = a;\n__global__ void f(a* x) {}", "f")[0][-3:] == "* x"
+
+
+TWO = """#ifdef FAST
+__global__ void f(float* x, long long n, long long stride) {}
+#else
+__global__ void f(float* x) {}
+#endif
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (TWO, 4),
+        ("namespace a { __global__ void f(int n) {} }\n__global__ void f(float a) {}", 2),
+        ("template <typename T> __global__ void f(T n) {}\n"
+         "template <int n> __global__ void f(float a) {}", 2),
+    ],
+)  # fmt: skip
+def test_two_kernels_of_a_name_with_different_parameters_are_refused(text: str, line: int) -> None:
+    expression = "f<int>" if "template" in text else "f"
+    with pytest.raises(CompileError, match=r"f has other parameters at t\.cu:[12], and") as refused:
+        parameters(Source(text, "t.cu"), expression)
+    assert refused.value.diagnostics[0].line == line
+
+
+def test_a_kernel_may_be_declared_more_than_once(tmp_path: Path) -> None:
+    assert types(TWO.replace("long long n, long long stride", "").replace("x, )", "y)"), "f")
+    text = """
+    template <typename T, int kSize> __global__ void f(T*, long long);
+    template <typename T, int kSize> __global__ void f(T* x, int64_t n) {}
+    template <typename T> __global__ void f(T* x) {}
+    """
+    assert types(text, "f<float, 4>") == ["float* x", "long long n"]
+    assert types(text, "f<float>") == ["float* x"]
+    (tmp_path / "f.cuh").write_text("__global__ void f(float* x, int n) {}")
+    with pytest.raises(CompileError, match="f has other parameters"):
+        parameters(Source('#include "f.cuh"\n' + TWO, "t.cu", tmp_path), "f")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "most"),
+    [
+        ("256", 256),
+        ("kWarps * 32, 2", 128),
+        ("k::kThreads", 192),
+        ("(kWarps + 1) * WARP / 2", 80),
+        ("sizeof(T)", None),
+        ("kUnknown", None),
+    ],
+)
+def test_launch_bounds_are_read_as_far_as_they_are_arithmetic(
+    bounds: str, most: int | None
+) -> None:
+    text = f"""
+    #define WARP 32
+    namespace k {{ constexpr int kThreads = 6 * WARP; }}
+    template <typename T, int kWarps = 4>
+    __global__ void __launch_bounds__({bounds}) f(T* x) {{}}
+    __global__ void g() {{}}
+    """
+    assert launch_bound(Source(text, "t.cu"), "f<float>") == most
+    assert launch_bound(Source(text, "t.cu"), "g") is None
 
 
 def test_structs_behind_pointers_keep_their_names_with_their_arguments() -> None:
@@ -103,5 +197,23 @@ def test_headers_are_followed_in_the_own_folder_and_each_read_once(tmp_path: Pat
     (tmp_path / "a.cuh").write_text('#include "b.cuh"\n#include "a.cuh"\n#include <absent.h>\n')
     (tmp_path / "b.cuh").write_text('  #  include "a.cuh"\n#include "nb/types.cuh"\n')
     (tmp_path / "main.cu").write_text('#include "a.cuh"\n#include "b.cuh"\n')
-    names = [path.name for path, _ in Source.read(tmp_path / "main.cu").headers()]
+    names = [path.name for path, _ in Source.read(tmp_path / "main.cu").headers]
     assert sorted(names) == ["a.cuh", "b.cuh", "types.cuh"]
+
+
+def test_a_source_keeps_its_headers_as_they_were_and_names_each_where_it_is_included(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a.cuh").write_text('#pragma once\n#include "../b.cuh" // up\n')
+    (tmp_path / "b.cuh").write_text("int b;\n")
+    (tmp_path / "main.cu").write_text("# include <parts/a.cuh>\n#include <cuda_fp16.h>\n")
+    source = Source.read(tmp_path / "main.cu")
+    (tmp_path / "b.cuh").write_text("int edited;\n")
+    text, headers = source.spelled(lambda path: f"mine/{path.name}")
+    assert text == '# include "mine/a.cuh"\n#include <cuda_fp16.h>\n'
+    assert headers == {
+        tmp_path / "parts" / "a.cuh": '#pragma once\n#include "mine/b.cuh" // up\n',
+        tmp_path / "b.cuh": "int b;\n",
+    }
+    assert source.texts[str(tmp_path / "parts" / "a.cuh")].endswith('#include "../b.cuh" // up\n')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nbengine.kernels import table
 from nbengine.kernels.emulator import EmulationError
 from nbengine.kernels.implementation import UnknownOp
 from nbengine.kernels.lab import Mismatch
@@ -57,8 +58,10 @@ def test_an_op_is_bound_once(kernels):
 
 def test_an_unknown_op_is_an_attribute_error_that_lists_the_ops(kernels):
     assert not hasattr(kernels, "rms_nrom")
-    with pytest.raises(UnknownOp, match=r"'rms_nrom'; the ops are .*rms_norm"):
+    with pytest.raises(UnknownOp, match=r"'rms_nrom' \(did you mean 'rms_norm'\?\); the ops are"):
         kernels.rms_nrom()
+    with pytest.raises(UnknownOp, match=r"no op 'softmax'; the ops are .*rms_norm"):
+        kernels.softmax()
 
 
 def test_a_backend_and_a_device_that_do_not_fit_are_refused():
@@ -131,6 +134,71 @@ def test_an_output_that_was_right_before_the_call_must_be_written_all_the_same(k
     kernels.swap("rms_norm", same, live_arguments=recording.calls)
 
 
+def test_the_result_says_on_how_many_live_calls_it_agrees(kernels):
+    live = arguments(kernels)
+    num = len(list(OPS["rms_norm"].cases()))
+    told = f"on {num} calls; the largest"
+    assert told in str(kernels.swap("rms_norm", same))
+    told = f"on {num} calls of its grid and 1 live; the largest"
+    assert told in str(kernels.swap("rms_norm", same, live_arguments=live))
+    told = f"on {num} calls of its grid, and on no live one: the engine makes none now; the largest"
+    assert told in str(kernels.swap("rms_norm", same, live_arguments=[]))
+
+
+@pytest.mark.parametrize("what", [5, ["rms_norm.cu"], torch.zeros(1)])
+def test_what_can_implement_nothing_is_refused(kernels, what):
+    with pytest.raises(TypeError, match=r"rms_norm can't be implemented by .*: give the path of"):
+        kernels.swap("rms_norm", what)
+
+
+def test_what_runs_another_op_is_refused(kernels):
+    other = kernels.implementation("gated_mlp")
+    with pytest.raises(ValueError, match="is an implementation of gated_mlp, not of rms_norm"):
+        kernels.swap("rms_norm", other)
+
+
+def test_an_op_that_is_asked_for_while_it_is_swapped_stays_swapped(kernels, monkeypatch):
+    """As by a cell that lists the ops, while the engine's thread swaps one."""
+
+    implement = table.implement
+
+    def slowly(*given, **options):
+        monkeypatch.undo()
+        kernels.swap("rms_norm", same)
+        return implement(*given, **options)
+
+    monkeypatch.setattr(table, "implement", slowly)
+    assert kernels.implementation("rms_norm").call is same
+    assert kernels.rms_norm is same
+    assert kernels.restore("rms_norm").origin == "reference"
+
+
+def test_the_ops_own_cuda_c_beside_the_reference_is_a_swap_that_can_be_taken_back():
+    kernels = Kernels("cpu")
+    kernels.swap("copy_blocks", None)
+    assert str(kernels.implementation("copy_blocks")) == "cuda/copy_blocks.cu (CUDA C, emulated)"
+    assert repr(kernels) == "Kernels('cpu', 'reference', 1 swapped)"
+    assert str(kernels.restore("copy_blocks")) == "reference (torch)"
+
+
+def test_what_was_verified_is_what_is_compiled_later(tmp_path):
+    """A header that is edited after the swap is not in a specialisation that was not yet needed."""
+    path, header = tmp_path / "mine.cu", tmp_path / "factor.cuh"
+    own = Source.of_op("gated_mlp.cu").text
+    path.write_text('#include "factor.cuh"\n' + own.replace("ups[j] *= ", "ups[j] *= FACTOR * "))
+    assert path.read_text().count("FACTOR") == 1
+    header.write_text("#define FACTOR 1.0f\n")
+    kernels = Kernels("cpu", "emulated")
+    kernels.swap("gated_mlp", path)
+    header.write_text("#define FACTOR 2.0f\n")
+    size = 24  # of no case
+    gate_up, out = torch.randn(2, 2 * size), torch.full((2, size), torch.nan)
+    kernels.gated_mlp(out=out, gate_up=gate_up)
+    wanted = torch.empty_like(out)
+    OPS["gated_mlp"].reference(out=wanted, gate_up=gate_up)
+    torch.testing.assert_close(out, wanted)
+
+
 def test_recording_keeps_the_arguments_as_they_were_before_the_call(kernels):
     recording = kernels.record("rms_norm", num_calls=2)
     x = torch.randn(2, 64)
@@ -163,6 +231,8 @@ def test_the_list_of_implementations_says_what_runs(kernels):
     assert set(rows) == set(OPS)
     assert not rows["rms_norm"].is_own
     assert "swapped" in str(kernels.implementations)
+    assert repr(kernels.restore("rms_norm")) == "rms_norm: reference (torch)"
+    assert "swapped" not in str(kernels.implementations)
     assert "<td" in kernels.implementations._repr_html_()
 
 

@@ -100,6 +100,17 @@ def test_large_outputs_are_compared_in_pieces(monkeypatch):
         verify("rms_norm", wrong, [strided_case()], device="cpu")
 
 
+def test_no_cases_verify_nothing():
+    with pytest.raises(ValueError, match="no cases were given"):
+        verify("rms_norm", right, [], device="cpu")
+
+
+def test_what_can_be_no_implementation_is_refused():
+    for what in (5, [right]):
+        with pytest.raises(TypeError, match=r"rms_norm can't be implemented by .*: give"):
+            verify("rms_norm", what, device="cpu")
+
+
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(UnknownOp, match=r"there is no op 'rms'; the ops are .*rms_norm"):
         verify("rms", right, device="cpu")
@@ -118,7 +129,13 @@ __global__ void rms_norm(T* out, const T* x, T* residual, const float* weight, i
 
 def test_cuda_c_is_given_as_text_path_or_source_and_emulated_without_a_gpu(tmp_path):
     (tmp_path / "mine.cu").write_text(SCALED)
-    given = (SCALED, tmp_path / "mine.cu", str(tmp_path / "mine.cu"), Source(SCALED, "a cell"))
+    given = (
+        SCALED,
+        " ".join(SCALED.split()),  # one line
+        tmp_path / "mine.cu",
+        str(tmp_path / "mine.cu"),
+        Source(SCALED, "a cell"),
+    )
     for what in given:
         with pytest.raises(Mismatch, match=r"rms_norm strided: out\[0, 0\]"):
             verify("rms_norm", what, [strided_case()], device="cpu")

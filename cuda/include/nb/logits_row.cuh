@@ -85,7 +85,7 @@ struct LogitsRow {
     return (end + kRowWarps * kStep - 1) / (kRowWarps * kStep) * kStep;
   }
 
-  // Calls visit(place, values) with the Values of consecutive places, until all were seen. Where a
+  // Calls visit(place, values) with the Values of consecutive places, until all were seen once. Where a
   // pack reaches over the row's ends, the values outside are -inf. A thread has kInFlight elements in
   // flight, in independent loads; more take registers and code.
   template <int kInFlight, typename Visit>
@@ -107,6 +107,7 @@ struct LogitsRow {
       for (int i = 0; i < kPacks; ++i) packs[i] = pack_at(start + i * kStep, last);
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
+        if (i > 0 && start + i * kStep >= last) break;  // another warp's
         Values<Packed::size> values;
 #pragma unroll
         for (int j = 0; j < Packed::size; ++j) values.items[j] = to_float(packs[i].items[j]);

@@ -26,6 +26,27 @@ __device__ __forceinline__ float warp_reduce(float value, Op op) {
   return value;
 }
 
+// The sum over a warp, of integers.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// The sum over a warp's lanes up to this one, of integers.
+template <typename T>
+__device__ __forceinline__ T warp_sum_up_to(T value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
 // All kThreads threads of a one-dimensional block must call this. `partials` may be used again after
 // the next __syncthreads().
 template <int kThreads, typename Op>

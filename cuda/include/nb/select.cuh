@@ -50,12 +50,7 @@ struct ScanMemory {
 // call.
 __device__ __forceinline__ uint64 exclusive_scan(uint64 value, uint64& total, ScanMemory& memory) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  uint64 sum = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const uint64 before = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane >= distance) sum += before;
-  }
+  const uint64 sum = warp_sum_up_to(value, lane);
   __syncthreads();
   if (lane == kWarpSize - 1) memory.of_warp[warp] = sum;
   __syncthreads();

@@ -38,8 +38,8 @@ from nbengine.kernels.emulator.listeners import (
     Event,
 )
 from nbengine.kernels.emulator.places import Place, Places
-from nbengine.kernels.program import Kernel, Program
-from nbengine.kernels.source import Source
+from nbengine.kernels.program import MAX_SHARED_BYTES, MAX_THREADS, Kernel, Program
+from nbengine.kernels.source import Source, launch_bound
 
 __all__ = [
     "Counters",
@@ -69,9 +69,10 @@ class EmulatedProgram(Program):
 class EmulatedKernel(Kernel):
     """Compiled when made. A launch returns when the grid has run.
 
-    Raises `CompileError`, `NoCompiler`; launched, `EmulationError`. Without checks, of the kinds of
-    error only those are seen that stop the kernel itself: a barrier or warp operation that is waited
-    in for ever, wrong masks and lanes, traps, assertions and overflowing stacks.
+    Raises `CompileError`, `NoCompiler`, `ToolchainMissing`; launched, `EmulationError`. Without
+    checks, of the kinds of error only those are seen that stop the kernel itself: a barrier or warp
+    operation that is waited in for ever, wrong masks and lanes, traps, assertions and overflowing
+    stacks.
 
     An interrupt (SIGINT) ends a launch on Python's main thread: at a barrier, a warp operation or the
     end of a block, with checks at the next access to memory.
@@ -85,6 +86,8 @@ class EmulatedKernel(Kernel):
         self._source = source
         self._listeners = _CHECKS * checks | _COUNTERS * counters
         self._library = build.compile_kernel(source, expression, bool(self._listeners))
+        self.max_threads = launch_bound(source, expression) or MAX_THREADS
+        self.max_shared_bytes = MAX_SHARED_BYTES - self._library.static_bytes
         self._places = Places(self._library.path, source)
         self._runtime = _runtime()
         loaded = ctypes.CDLL(str(self._library.path))
@@ -269,7 +272,8 @@ _SIZES = {
 
 def _element_size(source: Source, variable: str) -> int | None:
     """Of a shared array, as far as its declaration tells."""
-    declared = re.search(rf"__shared__\b[^;]*?([\w:]+)\s+{re.escape(variable)}\s*\[", source.text)
+    text = "\n".join(source.texts.values())
+    declared = re.search(rf"__shared__\b[^;]*?([\w:]+)\s+{re.escape(variable)}\s*\[", text)
     return _SIZES.get(declared[1]) if declared else None
 
 

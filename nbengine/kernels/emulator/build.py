@@ -16,8 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
 from nbengine.errors import NbengineError
 from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_gcc
 from nbengine.kernels.program import MAX_SHARED_BYTES
-from nbengine.kernels.source import INCLUDE_ROOT, Source
+from nbengine.kernels.source import INCLUDE_ROOT, Source, declared_at
+from nbengine.kernels.toolchain import headers_identity, nvidia_headers
 
 CACHE_BYTES = 512 * 2**20
 """Files that were not used for the longest are deleted when the cache is larger. A kernel takes some
@@ -63,7 +63,7 @@ _ONLY_GCC = (
 
 
 class NoCompiler(NbengineError, RuntimeError):
-    """The emulator needs a C++ compiler or NVIDIA's headers, and this machine has none."""
+    """The emulator needs a C++ compiler, and this machine has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,47 +85,54 @@ class Library:
 
     path: Path
     variables: tuple[SharedVariable, ...] = ()
+    static_bytes: int = 0
+    """Of the variables that the kernel itself declares, and not a function that it may call."""
 
 
 def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
-    """The library of one kernel. Raises `CompileError` and `NoCompiler`."""
-    text = _translation_unit(source, expression)
-    flags = (*_COMMON, *(_CHECKED if checks else _FAST), *(() if _is_clang() else _ONLY_GCC))
-    headers = "".join(f"{path}\0{text}" for path, text in source.headers())
-    key = _key(text, headers, str(source.folder), *flags)
-    include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *_nvidia_headers())]
-    include += [f"-I{path / 'cccl'}" for path in _nvidia_headers()]
+    """The library of one kernel. Raises `CompileError`, `NoCompiler` and `ToolchainMissing`."""
+    names = {path: f"header{i}.cuh" for i, (path, _) in enumerate(source.headers)}
+    text, headers = source.spelled(names.__getitem__)
+    text = f"{_at_first_line(source.name)}{text}\n"
+    entry = _at_first_line(_ENTRY_NAME) + _ENTRY.replace("KERNEL", expression)
+    flags = (*_COMMON, *(_CHECKED if checks else _FAST), *_own_flags())
+    key = _key(text, entry, *map(str, headers), *headers.values(), str(source.folder), *flags)
+    include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *nvidia_headers())]
+    include += [f"-I{path / 'cccl'}" for path in nvidia_headers()]
     if source.folder is not None:
         include.append(f"-iquote{source.folder}")
     wrapped = _WRAPPED if checks and sys.platform != "darwin" else ()
 
     def make(target: Path) -> None:
         unit, compiled = target.with_name(UNIT), target.with_name("kernel.o")
-        unit.write_text(text)
+        unit.write_text(text + entry)
+        for path, header in headers.items():
+            unit.with_name(names[path]).write_text(_at_first_line(str(path)) + header)
+        compile = (*flags, *include, "-include", str(_prelude(flags)), str(unit))
         try:
-            _run(
-                *(*flags, *include, "-include", str(_prelude(flags))),
-                *("-c", str(unit), "-o", str(compiled)),
-            )
+            _run(*compile, "-c", "-o", str(compiled))
             objects = [str(compiled)]
-            if names := _dynamic_shared(compiled):
+            if dynamic := _dynamic_shared(compiled):
                 storage = target.with_name("storage.cpp")
-                storage.write_text(_storage(names))
+                storage.write_text(_storage(dynamic))
                 objects.append(str(target.with_name("storage.o")))
                 _run(*_COMMON, "-c", str(storage), "-o", objects[-1])
             _run(*objects, str(runtime()), *wrapped, *_LINKED, "-o", str(target))
         except _Refused as refused:
-            title = f"{source.name}: {expression} does not compile for the emulator"
             log = str(refused)
+            if _ENTRY_NAME in log:  # what is wrong without the entry is told alone
+                unit.write_text(text)
+                try:
+                    _run(*compile, "-fsyntax-only")
+                except _Refused as alone:
+                    log = str(alone)
+            title = f"{source.name}: {expression} does not compile for the emulator"
             said = parse_gcc(log) or _assembled(log) or _undefined(log, source)
-            said = tuple(
-                replace(d, message=_NO_PTX) if _OF_ASM.search(d.message) else d for d in said
-            )
-            texts = {source.name: source.text}
-            raise CompileError(title, said, texts, str(refused)) from None
+            remarks = _located(said, source, expression)
+            raise CompileError(title, remarks, source.texts, log) from None
 
     library = _made(f"kernel-{key}.so", make)
-    return Library(library, _shared_variables(library) if checks else ())
+    return _with_variables(library, expression) if checks else Library(library)
 
 
 UNIT = "emulated_kernel.cpp"
@@ -135,8 +142,30 @@ _NO_PTX = (
     "inline PTX can't be emulated: put it into a function of a header that gives the same in C++ "
     "where NB_EMULATOR is defined, as cuda/include/nb/fast_math.cuh does"
 )
+_NO_INSTANCE = "the template has no instance for these arguments"
 _WRAPPED = tuple(f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset"))
 _LINKED = ("-shared", *(() if sys.platform == "darwin" else ("-Wl,-z,defs",)))
+
+
+def _located(
+    remarks: Iterable[Diagnostic], source: Source, expression: str
+) -> tuple[Diagnostic, ...]:
+    """The entry is no text of the user's. Of what is said of it the first is about the expression,
+    and belongs to the kernel's line; the rest follows from that."""
+    kept, is_placed = [], False
+    for remark in remarks:
+        message = _NO_PTX if _OF_ASM.search(remark.message) else remark.message
+        if remark.file != _ENTRY_NAME:
+            notes = (re.sub(rf"^{_ENTRY_NAME}:[:\d]+ ", "", note) for note in remark.notes)
+            users = tuple(note for note in notes if _ENTRY_NAME not in note)
+            kept.append(replace(remark, message=message, notes=users))
+        elif not is_placed:
+            if "deduce" in message or "overloaded" in message:
+                message = _NO_INSTANCE
+            file, line = declared_at(source, expression)
+            kept.append(Diagnostic(file, line, None, "error", f"{expression}: {message}"))
+            is_placed = True
+    return tuple(kept)
 
 
 def _assembled(log: str) -> tuple[Diagnostic, ...]:
@@ -186,21 +215,28 @@ extern "C" alignas(1024) thread_local unsigned char {_DYNAMIC}[{MAX_SHARED_BYTES
 _DYNAMIC = "nb_dynamic_shared"
 
 
-def _shared_variables(library: Path) -> tuple[SharedVariable, ...]:
-    """Of several names for the dynamic shared memory, one."""
+def _with_variables(library: Path, expression: str) -> Library:
+    """By the thread-local symbols of the library. Of several names for the dynamic shared memory,
+    one."""
     symbols = _thread_local_symbols(library)
     anchor, _ = symbols.pop("nb_anchor")
     dynamic, _ = symbols.pop(_DYNAMIC, (None, 0))
     assert anchor is not None
+    symbol_at = {at: symbol for symbol, (at, _) in symbols.items() if at is not None}
     found = {
-        at: SharedVariable(
-            *(_unmangled(symbol), at - anchor, size, at == dynamic),
+        symbol: SharedVariable(
+            *(_unmangled(symbol), at - anchor, symbols[symbol][1], at == dynamic),
             is_guard=symbol.startswith("_ZGV"),
         )
-        for symbol, (at, size) in symbols.items()
-        if at is not None
+        for at, symbol in symbol_at.items()
     }
-    return tuple(sorted(found.values(), key=lambda variable: variable.is_guard))
+    name = expression.partition("<")[0].strip().rpartition("::")[2]
+    own = re.compile(rf"_ZZ.*(?<!\d){len(name)}{name}")
+    return Library(
+        library,
+        tuple(sorted(found.values(), key=lambda variable: variable.is_guard)),
+        sum(variable.num_bytes for symbol, variable in found.items() if own.match(symbol)),
+    )
 
 
 def _thread_local_symbols(path: Path) -> dict[str, tuple[int | None, int]]:
@@ -251,20 +287,22 @@ def runtime() -> Path:
 def _prelude(flags: tuple[str, ...]) -> Path:
     """A header beside which its precompiled form lies."""
     name = f"prelude-{_key(*flags)}.h"
-    include = [f"-I{path}" for path in (_INCLUDE, *_nvidia_headers())]
+    include = [f"-I{path}" for path in (_INCLUDE, *nvidia_headers())]
     header = _made(name, lambda target: target.write_text('#include "nb_emulator.h"\n'))
-    precompile = (*flags, *include, "-x", "c++-header", str(header), "-o")
+    # The cache sets the header's time whenever it is used; clang would take it for another one.
+    timeless = ("-Xclang", "-fno-pch-timestamp") if _is_clang() else ()
+    precompile = (*flags, *timeless, *include, "-x", "c++-header", str(header), "-o")
     _made(f"{name}.gch", lambda target: _run(*precompile, str(target)))
     return header
 
 
-def _translation_unit(source: Source, expression: str) -> str:
-    name = source.name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'#line 1 "{name}"\n{source.text}\n#line 1 "(the emulator\'s entry)"\n' + _ENTRY.replace(
-        "KERNEL", expression
-    )
+def _at_first_line(file: str) -> str:
+    """What follows begins with this file's first line."""
+    name = file.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#line 1 "{name}"\n'
 
 
+_ENTRY_NAME = "emulated_entry"
 _ENTRY = """
 #define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
 
@@ -296,7 +334,10 @@ __attribute__((no_sanitize("thread"))) void nb_call(void (*nb_kernel)(NbP...), c
   nb_call(nb_kernel, static_cast<const nb_argument*>(nb_arguments), std::index_sequence_for<NbP...>());
 }
 
-NB_EXPORTED void nb_thread_main(const void* nb_arguments) { nb_call(&KERNEL, nb_arguments); }
+NB_EXPORTED void nb_thread_main(const void* nb_arguments) {
+  constexpr auto nb_kernel = &KERNEL;
+  nb_call(nb_kernel, nb_arguments);
+}
 
 thread_local char nb_anchor;
 NB_EXPORTED char* nb_shared_anchor() { return &nb_anchor; }
@@ -330,41 +371,25 @@ def _is_clang() -> bool:
 
 
 @functools.cache
-def _nvidia_headers() -> tuple[Path, ...]:
-    """Folders with cuda_fp16.h and nv/target."""
-    roots = [Path(sysconfig.get_paths()[kind]) / "nvidia" for kind in ("purelib", "platlib")]
-    candidates = [folder for root in roots for folder in sorted(root.glob("*/include"))[::-1]]
-    installed = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    candidates += [Path(root) / "include" for root in installed if root]
-    found = []
-    for header in ("cuda_fp16.h", "nv/target"):
-        folder = next(
-            (
-                place
-                for candidate in candidates
-                for place in (candidate, candidate / "cccl")
-                if (place / header).is_file()
-            ),
-            None,
-        )
-        if folder is None:
-            raise NoCompiler(
-                f"the emulator needs NVIDIA's {header}: pip install nvidia-cuda-runtime "
-                "nvidia-cuda-cccl (headers; no GPU or driver is needed)"
-            )
-        found.append(folder)
-    return tuple(dict.fromkeys(found))
+def _own_flags() -> tuple[str, ...]:
+    """Those that the other compiler does not know."""
+    if _is_clang():
+        return ()
+    command = [_compiler(), "-dumpversion"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counted_in_bytes = int(version.partition(".")[0]) < 11
+    return _ONLY_GCC if counted_in_bytes else (*_ONLY_GCC, "-fdiagnostics-column-unit=byte")
 
 
 @functools.cache
 def _made_from() -> str:
-    """What every library depends on: our headers and sources, the compiler, the processor."""
+    """What every library depends on: our headers and sources, NVIDIA's, the compiler, the
+    processor."""
     digest = hashlib.sha256()
     own = (*sorted(_INCLUDE.rglob("*.h")), *sorted(_RUNTIME.iterdir()), Path(__file__))
     for path in own:
         digest.update(path.name.encode() + path.read_bytes())
-    for folder in _nvidia_headers():
-        digest.update(str(folder).encode())
+    digest.update(headers_identity())
     digest.update(f"{_compiler()} {_compiler_version()} {platform.machine()}".encode())
     info = Path("/proc/cpuinfo")  # what -march=native means
     if info.exists():
@@ -379,12 +404,21 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join((_made_from(), *parts)).encode()).hexdigest()[:20]
 
 
+_IN_ENGLISH = {"LC_ALL": "C.UTF-8", "LANGUAGE": ""}
+
+
 class _Refused(Exception):
     """What the compiler said."""
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run([_compiler(), *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [_compiler(), *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | _IN_ENGLISH,
+    )
     if done.returncode != 0:
         raise _Refused(done.stderr)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbengine.kernels.diagnostics import lines_of
 from nbengine.kernels.emulator.build import UNIT
 from nbengine.kernels.source import Source
 
@@ -81,14 +82,13 @@ class Places:
         return file.endswith((f"/{self._source.name}", f"/{UNIT}")) or file == self._source.name
 
     def _line(self, file: str, line: int) -> str:
-        if file == self._source.name:
-            text = self._source.text
-        else:
+        text = self._source.texts.get(file)
+        if text is None:
             try:
                 text = Path(file).read_text(errors="replace")
             except OSError:
                 return ""
-        lines = text.splitlines()
+        lines = lines_of(text)
         return lines[line - 1] if 0 < line <= len(lines) else ""
 
 

@@ -48,6 +48,8 @@ def cases() -> Iterator[Case]:
             yield _case(dtype, rows, vocab_size)
     yield _case(torch.float32, 1, 151_936)
     yield _unsound()
+    for vocab_size in (100, 8193, 10_000, 151_936):
+        yield _all_nan(vocab_size)
 
 
 def bench_cases() -> Iterator[Case]:
@@ -86,6 +88,17 @@ def _unsound() -> Case:
         }
 
     return Case("NaN and infinities between padding", make)
+
+
+def _all_nan(vocab_size: int) -> Case:
+    def make(generator: torch.Generator) -> Arguments:
+        return {
+            "out_ids": torch.full((1,), -1, device=generator.device),
+            "largest": poison(generator, torch.float32, 1),
+            "logits": poison(generator, torch.float32, 1, vocab_size),
+        }
+
+    return Case(f"NaN of {vocab_size}", make)
 
 
 def tolerance(arguments: Arguments) -> Tolerance:

@@ -95,6 +95,7 @@ def cases() -> Iterator[Case]:
     yield _case(torch.float32, 8193, 64, padding=3)
     yield _case(torch.float32, 10_000, 20, coarse=True)
     yield _unsound()
+    yield _masked()
 
 
 def bench_cases() -> Iterator[Case]:
@@ -138,6 +139,18 @@ def _unsound() -> Case:
         return _arguments(generator, logits, torch.arange(5), 8)
 
     return Case("NaN and infinities", make)
+
+
+def _masked() -> Case:
+    """More are asked for than are finite, of a row that several warps read."""
+
+    def make(generator: torch.Generator) -> Arguments:
+        logits = normal(generator, torch.float32, 1, 200)
+        logits[0, 100:] = -torch.inf
+        logits[0, 150] = 3.0
+        return _arguments(generator, logits, torch.arange(1), 180)
+
+    return Case("most are masked", make)
 
 
 def _arguments(generator: torch.Generator, logits: Tensor, rows: Tensor, k: int) -> Arguments:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
+from nbengine.kernels.ops.paged_attention import HEAD_DIMS, compact, exact_dtype, with_scores
 from nbengine.kernels.program import Program
 from nbengine.kernels.report import Limits
 from nbengine.kernels.shapes import check_dense, check_rows, check_shape
@@ -66,6 +67,8 @@ def launch(
         )
     if not 8 <= block_size <= 256 or block_size & (block_size - 1):
         raise ValueError(f"block_size is {block_size}, and must be a power of two from 8 to 256")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, and must be at least 1")
     if scale <= 0:
         raise ValueError(f"scale is {scale}, and must be positive")
     check_rows("q", q, num_rows, query_heads, head_dim)
@@ -114,9 +117,6 @@ def launch(
         window or 0,
         softcap or 0.0,
     )
-
-
-HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +178,7 @@ def reference(
     max_query_len: int,
 ) -> None:
     _, kv_heads, block_size, _ = k_cache.shape
+    exact = exact_dtype(q)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for s in range(len(lengths)) if members is None else members.tolist():
         rows, length = slice(starts[s], starts[s + 1]), lengths[s]
@@ -187,11 +188,11 @@ def reference(
         hidden = key > position
         if window is not None:
             hidden |= key <= position - window
-        grouped = q[rows].float().unflatten(1, (kv_heads, -1))  # [n, kv_heads, group, head_dim]
+        grouped = q[rows].to(exact).unflatten(1, (kv_heads, -1))  # [n, kv_heads, group, head_dim]
         result = out[rows].unflatten(1, (kv_heads, -1))
         for head in range(kv_heads):
-            k = k_cache[blocks, head].flatten(0, 1)[:length].float()
-            v = v_cache[blocks, head].flatten(0, 1)[:length].float()
+            k = k_cache[blocks, head].flatten(0, 1)[:length].to(exact)
+            v = v_cache[blocks, head].flatten(0, 1)[:length].to(exact)
             unseen = hidden.all(0)[:, None]  # behind every window: may hold NaN, as unused slots
             k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
             scores = grouped[:, head].transpose(0, 1) @ k.T * scale  # [group, n, length]
@@ -221,6 +222,11 @@ def cases() -> Iterator[Case]:
     yield make_case("packed", bfloat, 128, 2, 4, 16, ((20, 3), (7, 0)), packed=True)
     for head_dim in HEAD_DIMS:
         yield make_case(f"float-{head_dim}", single, head_dim, 2, 3, 16, ((1, 3), (14, 40)))
+    # Each maximum is soon passed by a higher one; and the last key of a row ends a step.
+    yield make_case("rising", half, 64, 1, 4, 16, ((30, 170),), rising=True)
+    yield make_case("float-rising", single, 64, 1, 2, 16, ((5, 90),), rising=True)
+    for past in (62, 63, 64):
+        yield make_case(f"past-{past}", half, 64, 1, 1, 16, ((3, past),))
     yield make_case("float-window", single, 64, 1, 3, 8, ((20, 40),), window=9, packed=True)
     yield make_case("float-members", single, 64, 1, 1, 16, mixed, members=(2,), softcap=5.0)
 
@@ -248,10 +254,11 @@ def make_case(
     window: int | None = None,
     softcap: float | None = None,
     packed: bool = False,
+    rising: bool = False,
 ) -> Case:
     """`sequences` are (rows, past) each. Everything in the cache that no row sees is NaN, blocks
     are scattered, and block 0, which pads the tables, belongs to nobody. With `packed` q is a slice
-    of rows that hold keys and values too."""
+    of rows that hold keys and values too. With `rising`, later keys give larger scores."""
 
     def make(generator: torch.Generator) -> Arguments:
         device = generator.device
@@ -272,7 +279,10 @@ def make_case(
             first = 0 if window is None else max(0, past - window + 1)
             position = torch.arange(first, past + rows, device=device)
             place = (blocks[position // block_size], slice(None), position % block_size)
-            k_cache[place] = normal(len(position), kv_heads, head_dim)
+            keys = normal(len(position), kv_heads, head_dim)
+            if rising:
+                keys *= 1 + position[:, None, None] / 16
+            k_cache[place] = keys
             v_cache[place] = normal(len(position), kv_heads, head_dim)
 
         query_heads = kv_heads * group
@@ -301,11 +311,12 @@ def make_case(
 
 def tolerance(arguments: Arguments) -> Tolerance:
     # The weights are rounded to the element type before they meet V.
-    return {
+    base = {
         torch.float32: Tolerance(1e-4, 1e-5),
         torch.float16: Tolerance(2e-3, 2e-3),
         torch.bfloat16: Tolerance(1.6e-2, 1.2e-2),
-    }[arguments["out"].dtype]
+    }
+    return with_scores(base[arguments["out"].dtype], arguments)
 
 
 def cost(arguments: Arguments) -> Cost:
@@ -326,18 +337,6 @@ def cost(arguments: Arguments) -> Cost:
         pairs += early * past + early * (early + 1) // 2 + (new - early) * reach
     elements = 2 * rows * query_heads * head_dim + 2 * positions * k_cache.shape[1] * head_dim
     return Cost(elements * out.element_size(), 4 * query_heads * head_dim * pairs)
-
-
-def compact(arguments: Arguments) -> Arguments:
-    """The blocks that the sequences have."""
-    tables, block_size = arguments["block_tables"], arguments["k_cache"].shape[2]
-    num_blocks = -(-arguments["seq_lens"] // block_size)
-    used = torch.arange(tables.shape[1], device=tables.device) < num_blocks[:, None]
-    blocks, renamed = tables[used].unique(return_inverse=True)
-    new_tables = torch.zeros_like(tables)
-    new_tables[used] = renamed
-    caches = {name: arguments[name][blocks] for name in ("k_cache", "v_cache")}
-    return {**arguments, **caches, "block_tables": new_tables}
 
 
 OP = Op(

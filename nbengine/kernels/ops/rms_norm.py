@@ -35,6 +35,8 @@ def launch(
     check_rows("x", x, num_tokens, *inner)
     check_rows("out", out, num_tokens, *inner)
     if residual is not None:
+        if num_sets > 1:
+            raise ValueError(f"x {list(x.shape)} has heads, which have no residual")
         check_dense("residual", residual, num_tokens, size)
     packs = size // pack_size(size, x.element_size())
     if packs <= 32:  # rows in parts of warps, of four warps in all

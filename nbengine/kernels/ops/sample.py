@@ -123,12 +123,13 @@ def reference(
 
 
 def kept_weights(x: Tensor, temperature: float, min_p: float, top_p: float, top_k: int) -> Tensor:
-    """exp((x - max) / temperature) of the logits `[n]`, with 0 for what is not kept."""
+    """exp((x - max) / temperature) of the logits `[n]`, with 0 for what is not kept. The
+    largest always is."""
     weights = ((x - x.amax()) / temperature).exp()
     least = torch.tensor(-torch.finfo(torch.float32).max, dtype=torch.float64, device=x.device)
     if min_p > 0:
         bound = x.amax() + temperature * torch.tensor(min_p, dtype=torch.float64).log().item()
-        least = torch.maximum(least, bound.float().double())
+        least = torch.maximum(least, bound.float().double().minimum(x.amax()))
     if 0 < top_k < len(x):
         least = torch.maximum(least, x.sort(descending=True).values[top_k - 1])
     weights = torch.where(x >= least, weights, 0.0)
@@ -201,15 +202,18 @@ _WIDE = (
     _Row(fill=torch.nan),
     _Row(fill=torch.inf, top_k=2),
 )
+_NAN = _Row(spread=torch.nan, samples=2)
+"""All of it."""
 
 
 def cases() -> Iterator[Case]:
     yield _case(torch.float32, 100, _ROWS)
     yield _case(torch.bfloat16, 100, _ROWS[:9])
-    yield _case(torch.float16, 8193, (_ROWS[3], _ROWS[7]))
+    yield _case(torch.float32, 100, (_NAN, _Row(temperature=1e-40, spread=0.0), _Row(min_p=2.0)))
+    yield _case(torch.float16, 8193, (_ROWS[3], _ROWS[7], _NAN))
     yield _case(torch.float32, 8193, _ROWS[3:6], padding=5)
-    yield _case(torch.float32, 10_000, _ROWS[:1] + _ROWS[6:9] + _WIDE)
-    yield _case(torch.float32, 151_936, (_Row(top_k=50, top_p=0.9, spread=2.0),))
+    yield _case(torch.float32, 10_000, _ROWS[:1] + _ROWS[6:9] + _WIDE + (_NAN,))
+    yield _case(torch.float32, 151_936, (_Row(top_k=50, top_p=0.9, spread=2.0), _NAN))
 
 
 def bench_cases() -> Iterator[Case]:

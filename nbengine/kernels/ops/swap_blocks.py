@@ -25,8 +25,7 @@ def launch(program: Program, *, source: Tensor, target: Tensor, pairs: Tensor) -
     device. What was copied to the host may be read there once the stream has been waited for.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a block is no multiple of 16 bytes, or P is above
-            65,535.
+        ValueError: shapes or dtypes do not fit, or a block is no multiple of 16 bytes.
     """
     layers, two, source_blocks, *block = source.shape
     target_blocks = target.shape[2]
@@ -37,12 +36,12 @@ def launch(program: Program, *, source: Tensor, target: Tensor, pairs: Tensor) -
     if source.dtype != target.dtype:
         raise ValueError(f"source is {source.dtype}, and target {target.dtype}")
     packs = packs_per_block(source)
-    if num_pairs > _MAX_PAIRS:
-        raise ValueError(f"{num_pairs:,} pairs: one call copies up to {_MAX_PAIRS:,}")
     kernel = program.kernel("swap_blocks", _THREADS)
-    kernel[(-(-packs // _THREADS), 2 * layers, num_pairs), _THREADS](
-        source, target, pairs, source_blocks, target_blocks, packs
-    )
+    for start in range(0, num_pairs, _MAX_PAIRS):
+        part = pairs[start : start + _MAX_PAIRS]
+        kernel[(-(-packs // _THREADS), 2 * layers, len(part)), _THREADS](
+            source, target, part, source_blocks, target_blocks, packs
+        )
 
 
 def reference(*, source: Tensor, target: Tensor, pairs: Tensor) -> None:
