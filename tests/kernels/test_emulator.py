@@ -179,7 +179,7 @@ def test_dynamic_shared_memory_of_any_type(checks: bool) -> None:
         "extern __shared__ int row[];",
         "__shared__ extern int row[];",
         "extern __shared__ alignas(128) int row[];",
-        "__shared__ alignas(float4) int row[32];",
+        "struct Two { float4 first, second; }; __shared__ alignas(Two) int row[32];",
         "extern volatile __shared__ int row[];",
         "extern __align__(16) __shared__ int row[];",
         "extern __shared__ int before[], row[];",

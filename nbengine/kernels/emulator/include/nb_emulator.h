@@ -87,4 +87,4 @@ constexpr size_t alignment() {
   return alignof(T);
 }
 }  // namespace nb_emulator
-#define alignas(given) __attribute__((aligned(::nb_emulator::alignment<given>())))
+#define alignas(...) __attribute__((aligned(::nb_emulator::alignment<__VA_ARGS__>())))
