@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -168,6 +174,61 @@ def test_dynamic_shared_memory_of_any_type(checks: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    "declared",
+    [
+        "extern __shared__ int row[];",
+        "__shared__ extern int row[];",
+        "extern __shared__ alignas(128) int row[];",
+        "struct Two { float4 first, second; }; __shared__ alignas(Two) int row[32];",
+        "extern volatile __shared__ int row[];",
+        "extern __align__(16) __shared__ int row[];",
+        "extern __shared__ int before[], row[];",
+        "extern __shared__ int rows[][32]; int* row = rows[0];",
+        "DYNAMIC(int, row)",
+        "int* row = outer::shared<int>();",
+    ],
+)
+@pytest.mark.parametrize("space", ["namespace", "namespace inner"])
+def test_dynamic_shared_memory_however_it_is_declared(declared: str, space: str) -> None:
+    text = """
+    #define DYNAMIC(T, name) extern __shared__ T name[];
+    namespace outer {
+    template <typename T>
+    __device__ T* shared() {
+      extern __shared__ __align__(16) unsigned char bytes[];
+      return reinterpret_cast<T*>(bytes);
+    }
+    }
+    SPACE {
+    __global__ void kernel(int* out) {
+      DECLARED
+      row[threadIdx.x] = threadIdx.x;
+      __syncthreads();
+      out[threadIdx.x] = row[31 - threadIdx.x];
+    }
+    }
+    """.replace("DECLARED", declared).replace("SPACE", space)
+    out = ints(32)
+    kernel(text, "inner::kernel" if "inner" in space else "kernel")[1, 32, 128](out)
+    assert out.tolist() == list(range(31, -1, -1))
+
+
+def test_two_names_of_dynamic_shared_memory_are_one_memory() -> None:
+    text = """
+    extern __shared__ int all[];
+    __global__ void kernel(int* out) {
+      extern __shared__ int mine[];
+      all[threadIdx.x] = 7;
+      __syncthreads();
+      out[threadIdx.x] = mine[31 - threadIdx.x];
+    }
+    """
+    out = ints(32)
+    kernel(text)[1, 32, 128](out)
+    assert out.tolist() == [7] * 32
+
+
+@pytest.mark.parametrize(
     ("call", "source"),
     [
         ("__shfl_sync(0xffffffffu, x, 3)", lambda lane: 3),
@@ -179,6 +240,9 @@ def test_dynamic_shared_memory_of_any_type(checks: bool) -> None:
         ("__shfl_down_sync(0xffffffffu, x, 1, 4)", lambda i: i + 1 if i % 4 < 3 else i),
         ("__shfl_xor_sync(0xffffffffu, x, 16)", lambda lane: lane ^ 16),
         ("__shfl_xor_sync(0xffffffffu, x, 1, 2)", lambda lane: lane ^ 1),
+        ("__shfl_xor_sync(0xffffffffu, x, -1)", lambda lane: 31 - lane),
+        ("__shfl_up_sync(0xffffffffu, x, 33)", lambda lane: max(lane - 1, 0)),
+        ("__shfl_down_sync(0xffffffffu, x, 32)", lambda lane: lane),
     ],
 )
 def test_shuffles(call: str, source: object) -> None:
@@ -314,6 +378,121 @@ def test_constants_and_device_functions() -> None:
     assert out.tolist() == [36, 38, 42, 50] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_functions_of_half_and_bfloat16(dtype: torch.dtype) -> None:
+    text = """
+    #include "nb/types.cuh"
+    template <typename T, typename T2>
+    __global__ void kernel(T* out, const T* x) {
+      const T a = x[0], b = x[1], c = x[2];
+      T* o = out;
+      *o++ = __hfma(a, b, c); *o++ = __hfma_sat(a, b, c); *o++ = __hfma_relu(a, b, c);
+      *o++ = __hadd(a, b); *o++ = __hmul(a, b); *o++ = __hdiv(a, b); *o++ = hexp(a);
+      *o++ = hlog2(b); *o++ = hsqrt(b); *o++ = hrsqrt(b); *o++ = hrcp(b); *o++ = htanh(a);
+      *o++ = hfloor(a); *o++ = hceil(a); *o++ = hrint(a); *o++ = nb::from_float<T>(TO_INT(b));
+      const T2 ab(a, b);
+      const T2 pairs[] = {__hfma2(ab, ab, ab), h2exp(ab), h2tanh(ab), h2trunc(ab)};
+      for (const T2& pair : pairs) { *o++ = pair.x; *o++ = pair.y; }
+    }
+    """
+    name, to_int = (
+        ("__half", "__half2int_ru")
+        if dtype == torch.float16
+        else ("__nv_bfloat16", "__bfloat162int_ru")
+    )
+    x, out = torch.tensor([-1.5, 2.25, -0.125], dtype=dtype), torch.empty(24, dtype=dtype)
+    kernel(text.replace("TO_INT", to_int), f"kernel<{name}, {name}2>")[1, 1](out, x)
+    a, b, c = x.tolist()
+    expected = [
+        *(a * b + c, 0.0, 0.0, a + b, a * b, a / b, math.exp(a), math.log2(b), math.sqrt(b)),
+        *(1 / math.sqrt(b), 1 / b, math.tanh(a), -2.0, -1.0, -2.0, 3.0, a * a + a, b * b + b),
+        *(math.exp(a), math.exp(b), math.tanh(a), math.tanh(b), -1.0, 2.0),
+    ]
+    assert out.tolist() == torch.tensor(expected, dtype=torch.float64).to(dtype).tolist()
+
+
+def test_directed_rounding_takes_the_neighbours_of_the_exact_result() -> None:
+    calls = ("fadd_{}(1.0f, 1e-30f)", "fmul_{}(1.1f, 1.1f)", "fdiv_{}(1.0f, 3.0f)", "fsqrt_{}(2.0f)",
+             "fmaf_{}(1.1f, 1.1f, 1e-30f)", "frcp_{}(-3.0f)", "fadd_{}(1.0f, 2.0f)",
+             "int2float_{}(16777217)", "ll2float_{}(-16777217LL)", "double2float_{}(0.1)")  # fmt: skip
+    lines = "".join(f"*out++ = __{call.format(r)};" for call in calls for r in ("rd", "rz", "ru"))
+    out = floats(10, 3)
+    kernel("__global__ void kernel(float* out) {" + lines + "}")[1, 1](out)
+    down, to_zero, up = out.T.tolist()
+    next_up = torch.nextafter(torch.tensor(down), torch.tensor(math.inf)).tolist()
+    assert up[6] == down[6] == 3.0
+    assert up[:6] + up[7:] == next_up[:6] + next_up[7:]
+    assert to_zero == [u if u < 0 else d for d, u in zip(down, up, strict=True)]
+    assert (down[0], up[5], down[7], up[8]) == (1.0, -0.3333333134651184, 2.0**24, -(2.0**24))
+
+
+def test_atomic_compare_and_swap_converts_its_operands() -> None:
+    text = """
+    __device__ unsigned lock = 0;
+    __global__ void kernel(int* out) {
+      while (atomicCAS(&lock, 0, 1) != 0) {}
+      out[0] += 1;
+      __threadfence();
+      atomicExch(&lock, 0);
+      atomicAdd_system(&out[1], __umul24(0x01000003u, 2u));
+    }
+    """
+    out = torch.zeros(2, dtype=torch.int32)
+    kernel(text)[8, 32](out)
+    assert out.tolist() == [256, 6 * 256]
+
+
+def test_a_sources_macros_may_have_any_name() -> None:
+    text = """
+    #define P 4
+    #define real float
+    #define arguments 3
+    #define i (P + arguments)
+    __global__ void kernel(real* out) { out[threadIdx.x] = i; }
+    """
+    out = floats(2)
+    kernel(text)[1, 2](out)
+    assert out.tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "expression"),
+    [
+        ("cuda/std/type_traits", "cuda::std::is_same_v<int, int> ? 7 : 0"),
+        ("cuda/std/limits", "cuda::std::numeric_limits<signed char>::max() - 120"),
+        ("cuda/std/array", "cuda::std::array<int, 2>{7, 8}[0]"),
+        ("cuda/std/cstdint", "cuda::std::int64_t(7)"),
+        ("cuda_fp8.h", "int(float(__nv_fp8_e4m3(7.0f)))"),
+        ("cstdio", 'printf("") + std::printf("%d", 1) + 6'),
+        ("cassert", "(assert(threadIdx.x < 2), 7)"),
+    ],
+)
+def test_headers_that_kernels_include(headers: str, expression: str) -> None:
+    text = """
+    #include <HEADER>
+    __global__ void kernel(int* out) { out[threadIdx.x] = EXPRESSION; }
+    """
+    out = ints(2)
+    kernel(text.replace("HEADER", headers).replace("EXPRESSION", expression))[1, 2](out)
+    assert out.tolist() == [7, 7]
+
+
+def test_an_asm_that_holds_no_ptx_or_is_never_compiled_does_no_harm() -> None:
+    text = """
+    __device__ inline float unused(float x) {
+      asm("ex2.approx.f32 %0, %0;" : "+f"(x));
+      return x;
+    }
+    __global__ void kernel(int* out) {
+      asm volatile("" ::: "memory");
+      out[0] = 1;
+    }
+    """
+    out = ints(1)
+    kernel(text)[1, 1](out)
+    assert out.item() == 1
+
+
 def test_what_a_kernel_prints_arrives_in_python(capsys: pytest.CaptureFixture[str]) -> None:
     text = r"""
     __global__ void kernel(int n) {
@@ -378,6 +557,89 @@ def test_blocks_share_nothing() -> None:
     assert torch.equal(out, torch.arange(64, dtype=torch.int32)[:, None].expand(64, 32))
 
 
+def test_a_thread_may_have_half_a_mebibyte_of_local_memory(checks: bool) -> None:
+    text = """
+    __global__ void kernel(int* out, int step) {
+      volatile int local[131072];
+      for (int i = 0; i < 131072; i += step) local[i] = i;
+      __syncthreads();
+      out[threadIdx.x] = local[131072 - step * (threadIdx.x + 1)];
+    }
+    """
+    out = ints(64)
+    kernel(text, checks=checks)[2, 64](out, 1024)
+    assert out.tolist() == [131072 - 1024 * (i + 1) for i in range(64)]
+
+
+def test_more_stacks_than_a_process_may_have_mappings_are_not_made() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __syncthreads();
+      atomicAdd(out, 1);
+    }
+    """
+    out, before = torch.zeros(1, dtype=torch.int32), torch.get_num_threads()
+    torch.set_num_threads(64)
+    try:
+        kernel(text, checks=False)[128, 1024](out)
+    finally:
+        torch.set_num_threads(before)
+    assert out.item() == 128 * 1024
+
+
+SPIN = """
+__global__ void kernel(int* out) {
+  __shared__ volatile int flag;
+  if (threadIdx.x == 0) flag = 0;
+  __syncthreads();
+  while (flag == 0) AND_MEET;
+  out[0] = flag;
+}
+"""
+
+
+@contextlib.contextmanager
+def interrupted_soon() -> Iterator[None]:
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        timer.join()
+
+
+@pytest.mark.parametrize(("meet", "with_checks"), [("", True), ("__syncthreads()", False)])
+def test_an_interrupt_ends_a_launch_that_would_not_end(meet: str, with_checks: bool) -> None:
+    spin = kernel(SPIN.replace("AND_MEET", meet), checks=with_checks)
+    handler = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with interrupted_soon():
+            spin[3, 32](ints(1))
+    assert signal.getsignal(signal.SIGINT) is handler
+    out = ints(32)
+    kernel("__global__ void kernel(int* out) { out[threadIdx.x] = 3; }")[1, 32](out)
+    assert out.tolist() == [3] * 32
+
+
+def test_an_interrupt_does_not_reach_a_launch_on_another_thread() -> None:
+    text = """
+    __global__ void kernel(int* done, int* go) {
+      while (atomicAdd(go, 0) == 0) __syncthreads();
+      done[0] = 1;
+    }
+    """
+    done, go = ints(1), torch.zeros(1, dtype=torch.int32)
+    launch = kernel(text)[1, 32]
+    launcher = threading.Thread(target=launch, args=(done, go))
+    launcher.start()
+    with interrupted_soon():
+        time.sleep(60)
+    go.fill_(1)
+    launcher.join()
+    assert done.item() == 1
+
+
 def test_two_versions_of_a_kernel_do_not_share_their_variables() -> None:
     def version(value: int) -> Kernel:
         return kernel(
@@ -407,14 +669,27 @@ def test_a_compile_error_shows_the_users_own_line() -> None:
     assert "out[threadIdx.x] = undeclared" in str(caught.value)
 
 
-def test_inline_ptx_is_refused_with_what_to_do() -> None:
+def test_a_function_that_is_declared_alone_is_a_compile_error(checks: bool) -> None:
+    text = """
+    __device__ int missing(int x);
+    __global__ void kernel(int* out) { out[threadIdx.x] = missing(1); }
+    """
+    with pytest.raises(CompileError, match=r"missing\(int\) is used, and neither"):
+        kernel(text, checks=checks)
+
+
+@pytest.mark.parametrize(
+    "ptx", ['asm volatile("ex2.approx.f32 %0, %0;" : "+f"(out[0]))', '__asm__("membar.gl;")',
+            'int r; asm("mov.u32 %0, %%laneid;" : "=r"(r)); out[0] = r']
+)  # fmt: skip
+def test_inline_ptx_is_refused_with_what_to_do(ptx: str, checks: bool) -> None:
     text = """
     __global__ void kernel(float* out) {
-      asm volatile("ex2.approx.f32 %0, %0;" : "+f"(out[0]));  // here
+      PTX;  // here
     }
-    """
+    """.replace("PTX", ptx)
     with pytest.raises(CompileError, match="NB_EMULATOR is defined") as caught:
-        kernel(text)
+        kernel(text, checks=checks)
     assert caught.value.diagnostics[0].line == line_of(text)
 
 
@@ -446,6 +721,29 @@ print(out.item())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "42\n", done.stderr
     assert found.stat().st_ino == made
+
+
+def test_a_copied_cache_serves_another_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "__global__ void kernel(int* out) { out[threadIdx.x] = threadIdx.x + 1; }"
+    script = f"""
+import torch
+from nbengine.kernels.emulator import EmulatedProgram
+from nbengine.kernels.source import Source
+out = torch.zeros(2, dtype=torch.int32)
+EmulatedProgram(Source({text!r}, "moved.cu")).kernel("kernel")[1, 2](out)
+print(out.tolist())
+"""
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    for cache in (made, moved):
+        if cache is moved:
+            made.rename(moved)
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+        )
+        assert done.stdout == "[1, 2]\n", done.stderr
 
 
 def test_shared_memory_is_found_behind_a_string_that_looks_like_a_comment() -> None:
@@ -610,6 +908,21 @@ def test_counters_of_a_copy_and_of_a_transpose() -> None:
         assert (found.shared_accesses, found.barriers, found.divergent) == (64, 1, 0)
         conflicts.append(found.bank_conflicts)
     assert conflicts == [32 * 31, 0]
+
+
+def test_counters_take_an_atomic_operation_for_one_access() -> None:
+    text = """
+    __global__ void kernel(int* out, float* sum) {
+      atomicAdd(&out[threadIdx.x], 1);
+      atomicAdd(sum, 1.0f);
+      atomicMax(&out[threadIdx.x], 5);
+    }
+    """
+    program = EmulatedProgram(Source(text, "atomics.cu"), counters=True)
+    atomics = program.kernel("kernel")
+    atomics[1, 32](torch.zeros(32, dtype=torch.int32), torch.zeros(1))
+    found = atomics.counters  # type: ignore[attr-defined]
+    assert (found.global_reads, found.global_writes, found.sectors_written) == (0, 3, 9)
 
 
 def test_counters_see_divergence_and_scattered_reads() -> None:

@@ -149,6 +149,84 @@ def test_atomics_on_shared_memory() -> None:
     assert torch.equal(out.long(), torch.bincount(x % 8, minlength=8))
 
 
+def test_shared_memory_that_memset_and_memcpy_fill() -> None:
+    text = """
+    __global__ void kernel(int* out, const int* x) {
+      __shared__ int sums[32], row[256];
+      if (threadIdx.x == 0) memset(sums, 0, sizeof(sums));
+      memcpy(&row[8 * threadIdx.x], &x[8 * threadIdx.x], 32);
+      __syncthreads();
+      atomicAdd(&sums[threadIdx.x % 4], row[255 - 8 * threadIdx.x]);
+      __syncthreads();
+      out[threadIdx.x] = sums[threadIdx.x];
+    }
+    """
+    out = ints(32)
+    kernel(text)[1, 32](out, torch.ones(256, dtype=torch.int32))
+    assert out.tolist() == [8] * 4 + [0] * 28
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        "float key; short at;",
+        "char tag; float key; int at;",
+        "double key; int at;",
+        "short at; char b; float key;",
+    ],
+)
+def test_structs_whose_padding_nobody_writes(members: str) -> None:
+    text = """
+    struct Best { MEMBERS };
+    __device__ Best better(Best a, Best b) { return a.key > b.key ? a : b; }
+    __global__ void kernel(int* out, const float* x) {
+      __shared__ Best best[64];
+      best[threadIdx.x].key = x[threadIdx.x];
+      best[threadIdx.x].at = threadIdx.x;
+      SET;
+      __syncthreads();
+      for (int half = 32; half > 0; half /= 2) {
+        if (threadIdx.x < half) {
+          best[threadIdx.x] = better(best[threadIdx.x], best[threadIdx.x + half]);
+        }
+        __syncthreads();
+      }
+      if (threadIdx.x == 0) out[0] = best[0].at;
+    }
+    """.replace("MEMBERS", members)
+    member = "tag" if "tag" in members else "b" if " b;" in members else "at"
+    set_ = "" if member == "at" else f"best[threadIdx.x].{member} = 0"
+    x, out = torch.randn(64, generator=torch.Generator().manual_seed(0)), ints(1)
+    kernel(text.replace("SET", set_))[1, 64](out, x)
+    assert out.item() == x.argmax().item()
+
+
+def test_the_last_warp_finishes_what_all_began() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int parts[4];
+      __shared__ unsigned done;
+      if (threadIdx.x == 0) done = 0;
+      __syncthreads();
+      const int warp = threadIdx.x / 32;
+      const int sum = __reduce_add_sync(~0u, threadIdx.x);
+      if (threadIdx.x % 32 == 0) {
+        parts[warp] = sum;
+        __threadfence_block();
+        if (atomicAdd(&done, 1u) == 3) out[0] = parts[0] + parts[1] + parts[2] + parts[3];
+      }
+    }
+    """
+    out = ints(1)
+    kernel(text)[2, 128](out)
+    assert out.item() == 127 * 64
+
+
+def test_a_copy_of_nothing_at_the_end_of_a_tensor() -> None:
+    text = "__global__ void kernel(int* out, int n) { memcpy(out + 4, out, n * sizeof(int)); }"
+    kernel(text)[1, 1](ints(4), 0)
+
+
 def test_the_last_block_finishes_what_all_began() -> None:
     text = """
     __global__ void kernel(float* out, float* partials, int* arrived) {
@@ -201,6 +279,15 @@ def test_aggregated_by_whoever_is_active() -> None:
     count = torch.zeros(1, dtype=torch.int32)
     kernel(text)[1, 64](count, torch.arange(64, dtype=torch.int32))
     assert count.item() == 22
+
+
+def test_a_table_of_pointers() -> None:
+    text = """
+    __global__ void kernel(int** rows) { rows[blockIdx.x][threadIdx.x] = blockIdx.x; }
+    """
+    rows = [ints(32), ints(32)]
+    kernel(text)[2, 32](torch.tensor([row.data_ptr() for row in rows]))
+    assert [set(row.tolist()) for row in rows] == [{0}, {1}]
 
 
 def test_slices_of_a_wider_tensor_may_reach_their_neighbours() -> None:

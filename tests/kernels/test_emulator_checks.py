@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from nbengine.kernels.emulator import build
+from nbengine.kernels.emulator import EmulatedProgram, EmulationError, build
+from nbengine.kernels.source import Source
 from tests.kernels.emulation import accused, floats, ints, kernel, line_of
 
 
@@ -94,6 +97,90 @@ def test_a_plain_access_beside_an_atomic_one_is_a_race() -> None:
     assert "atomically changes" in str(error)
 
 
+def test_atomics_of_other_warps_are_not_ordered_by_a_syncwarp() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int count;
+      if (threadIdx.x == 0) count = 0;
+      __syncthreads();
+      atomicAdd(&count, 1);  // there
+      __syncwarp();
+      if (threadIdx.x == 127) out[0] = count;  // here
+    }
+    """
+    error = accused(text, 1, 128, ints(1), kind="race")
+    assert "which thread (95, 0, 0)" in str(error)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["__ballot_sync(~0u, 1)", "__shfl_xor_sync(~0u, 1, 1)", "__reduce_add_sync(~0u, 1)"],
+)
+def test_shuffles_and_votes_order_no_memory(operation: str) -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int row[32];
+      row[threadIdx.x] = threadIdx.x;  // there
+      out[threadIdx.x] = OPERATION;
+      out[threadIdx.x] = row[threadIdx.x ^ 1];  // here
+    }
+    """.replace("OPERATION", operation)
+    accused(text, 1, 32, ints(32), kind="race")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", "__threadfence_block();"), ("if (warp == 9) __threadfence_block();", "")],
+)
+def test_atomics_without_a_fence_before_them_order_nothing(before: str, after: str) -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int parts[2], done;
+      const int warp = threadIdx.x / 32;
+      if (threadIdx.x == 0) done = 0;
+      __syncthreads();
+      if (threadIdx.x % 32 == 0) {
+        parts[warp] = warp;  // there
+        BEFORE
+        const bool last = atomicAdd(&done, 1) == 1;
+        AFTER
+        if (last) out[0] = parts[1 - warp];  // here
+      }
+    }
+    """.replace("BEFORE", before).replace("AFTER", after)
+    accused(text, 1, 64, ints(1), kind="race")
+
+
+def test_what_follows_a_fence_is_not_ordered_by_it() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int part, done;
+      if (threadIdx.x == 0) done = 0;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        __threadfence_block();
+        part = 7;  // there
+        atomicAdd(&done, 1);
+      }
+      if (threadIdx.x == 32 && atomicAdd(&done, 0) == 1) out[0] = part;  // here
+    }
+    """
+    accused(text, 1, 64, ints(1), kind="race")
+
+
+def test_the_first_of_neighbours_is_named_by_its_own_name() -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int before[4], row[4], behind[4];
+      before[threadIdx.x] = behind[threadIdx.x] = 0;
+      __syncthreads();
+      out[threadIdx.x] = before[0] + row[0] + behind[0];  // here
+    }
+    """
+    error = accused(text, 1, 4, ints(4), kind="uninitialised")
+    assert "row[0]" in str(error)
+
+
 def test_a_barrier_in_one_branch_is_divergence() -> None:
     text = """
     __global__ void kernel(int* out) {
@@ -180,6 +267,16 @@ def test_a_null_pointer_is_named() -> None:
     assert "bias is null" in str(error)
 
 
+def test_memory_that_no_tensor_holds_is_said_to_be_unknown() -> None:
+    text = """
+    __global__ void kernel(int* out, long long at) {
+      *reinterpret_cast<int*>(at) = 1;  // here
+    }
+    """
+    error = accused(text, 1, 1, ints(1), 2**44, kind="out of bounds")
+    assert "far from every tensor that was passed (the nearest is out; what a kernel" in str(error)
+
+
 def test_an_index_past_a_static_shared_array_is_out_of_bounds() -> None:
     text = """
     __global__ void kernel(float* out) {
@@ -207,6 +304,20 @@ def test_dynamic_shared_memory_ends_where_the_launch_says() -> None:
     error = accused(text, 1, 64, floats(64), shared_bytes=63 * 4, kind="out of bounds")
     assert error.thread == (63, 0, 0)
     assert "pool[63]" in str(error)
+
+
+@pytest.mark.parametrize(
+    "used", ["row[threadIdx.x]", "*(row + threadIdx.x % 7)", "atomicAdd(row, 1)"]
+)
+def test_shared_memory_that_no_line_writes_is_uninitialised(used: str) -> None:
+    text = """
+    __global__ void kernel(int* out) {
+      __shared__ int row[64];
+      out[threadIdx.x] = USED;  // here
+    }
+    """.replace("USED", used)
+    error = accused(text, 1, 64, ints(64), kind="uninitialised")
+    assert "row[0], which nothing in this block has written" in str(error)
 
 
 def test_shared_memory_that_nothing_wrote_is_uninitialised() -> None:
@@ -324,6 +435,28 @@ def test_a_shuffle_from_a_lane_that_has_exited_is_caught() -> None:
     assert "lane 31" in str(error)
 
 
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize("call", ["nb::ldmatrix_x4(a, row)", "nb::mma_m16n8k16<__half>(d, a, b)"])
+@pytest.mark.parametrize(("block", "n"), [(16, 16), (32, 16)])
+def test_fragments_need_every_lane_of_the_warp(call: str, block: int, n: int, checks: bool) -> None:
+    text = """
+    #include "nb/mma.cuh"
+    __global__ void kernel(float* out, int n) {
+      __shared__ __align__(16) unsigned row[4];
+      if (threadIdx.x >= n) return;
+      for (int i = 0; i < 4; ++i) row[i] = 0;
+      float d[4] = {};
+      nb::uint32 a[4] = {}, b[2] = {};
+      __syncwarp();
+      CALL;  // here
+      out[threadIdx.x] = d[0] + a[0];
+    }
+    """.replace("CALL", call)
+    with pytest.raises(EmulationError, match="all 32 lanes of the warp, and lane 31") as caught:
+        kernel(text, checks=checks)[1, block](floats(32), n)
+    assert (caught.value.kind, caught.value.line) == ("inactive lane", line_of(text))
+
+
 def test_a_shuffle_from_a_lane_outside_the_mask_is_caught() -> None:
     text = """
     __global__ void kernel(int* out) {
@@ -348,6 +481,50 @@ def test_a_misaligned_pack_is_caught() -> None:
     assert "x[1]" in str(error)
 
 
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize("words", [16, 500_000])
+def test_a_stack_that_overflows_ends_the_launch_alone(words: int, checks: bool) -> None:
+    text = """
+    __device__ __noinline__ int deeper(int n) {
+      volatile int local[WORDS];
+      local[n % WORDS] = n;
+      return n < 0 ? 0 : deeper(n + 1) + local[n % WORDS];
+    }
+    __global__ void kernel(int* out, int n) {
+      __syncthreads();
+      out[threadIdx.x] = threadIdx.x == 40 ? deeper(n) : threadIdx.x;
+    }
+    """.replace("WORDS", str(words))
+    deep = kernel(text, checks=checks)
+    for _ in range(2):
+        with pytest.raises(EmulationError, match="more than 960 KiB for its local") as caught:
+            deep[5, 64](ints(64), 1)
+        assert (caught.value.kind, caught.value.thread) == ("stack overflow", (40, 0, 0))
+
+
+def test_a_misaligned_atomic_is_caught() -> None:
+    text = """
+    __global__ void kernel(char* out) {
+      atomicAdd(reinterpret_cast<int*>(out + threadIdx.x), 1);  // here
+    }
+    """
+    error = accused(text, 1, 2, torch.zeros(8, dtype=torch.int8), kind="misaligned")
+    assert error.thread == (1, 0, 0) and "out[1]" in str(error)
+
+
+def test_a_part_of_a_pack_that_nothing_wrote_is_uninitialised() -> None:
+    text = """
+    __global__ void kernel(float4* out) {
+      __shared__ __align__(16) float row[8];
+      if (threadIdx.x != 3) row[threadIdx.x] = 1.0f;
+      __syncthreads();
+      out[threadIdx.x] = reinterpret_cast<float4*>(row)[threadIdx.x % 2];  // here
+    }
+    """
+    error = accused(text, 1, 8, floats(8, 4), kind="uninitialised")
+    assert "row[3]" in str(error)
+
+
 def test_a_division_by_zero_is_caught() -> None:
     text = """
     __global__ void kernel(int* out, int n) {
@@ -359,6 +536,7 @@ def test_a_division_by_zero_is_caught() -> None:
 
 def test_assertions_and_traps_end_the_launch() -> None:
     text = """
+    #include <cassert>
     __global__ void kernel(int* out) {
       assert(threadIdx.x != 3);  // here
       out[threadIdx.x] = 1;
@@ -382,6 +560,26 @@ def test_a_fault_in_a_header_is_shown_at_the_line_that_led_there() -> None:
     assert "inside" in str(error) and "types.cuh" in str(error)
 
 
+def test_a_misaligned_pack_in_a_header_is_shown_at_the_line_that_led_there() -> None:
+    text = """
+    #include "nb/types.cuh"
+    __global__ void kernel(float* out, const float* x) {
+      const auto pack = CALL;  // here
+      out[threadIdx.x] = reinterpret_cast<const float*>(&pack)[0];
+    }
+    """
+    for call in ("__ldg(reinterpret_cast<const float4*>(x + 1))", "nb::load_pack(x + 1)"):
+        accused(text.replace("CALL", call), 1, 1, floats(1), torch.ones(8), kind="misaligned")
+
+
+def test_a_file_of_any_name_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "a b (c) ü.cu"
+    path.write_text("__global__ void kernel(int* out) {\n  out[threadIdx.x + 1] = 1;\n}\n")
+    with pytest.raises(EmulationError) as caught:
+        EmulatedProgram(Source.read(path), checks=True).kernel("kernel")[1, 1](ints(1))
+    assert caught.value.line == 2 and str(caught.value.file).endswith("a b (c) ü.cu")
+
+
 def test_a_wrong_copy_of_bytes_is_out_of_bounds() -> None:
     text = """
     __global__ void kernel(float* out, const float* x, int n) {
@@ -389,6 +587,33 @@ def test_a_wrong_copy_of_bytes_is_out_of_bounds() -> None:
     }
     """
     accused(text, 1, 1, floats(8), torch.ones(7), 8, kind="out of bounds")
+
+
+@pytest.mark.parametrize("bytes_", [8, 24, 32, 64])
+def test_a_copy_of_a_size_that_the_compiler_knows_is_looked_at(bytes_: int) -> None:
+    text = """
+    __global__ void kernel(char* out, const char* x) {
+      CALL;  // here
+    }
+    """
+    size = str(bytes_)
+    for call in ("memcpy(out, x, SIZE)", "memmove(out, x, SIZE)", "std::memset(out, 0, SIZE)"):
+        of_size = text.replace("CALL", call.replace("SIZE", size))
+        out = torch.zeros(bytes_ - 1, dtype=torch.int8)
+        x = torch.zeros(bytes_, dtype=torch.int8)
+        error = accused(of_size, 1, 1, out, x, kind="out of bounds")
+        assert f"writes {bytes_} bytes at out[0]" in str(error)
+
+
+def test_a_race_through_a_copy_is_caught() -> None:
+    text = """
+    __global__ void kernel(int* out, const int* x) {
+      __shared__ int row[256];
+      memcpy(&row[8 * threadIdx.x], &x[8 * threadIdx.x], 32);  // there
+      out[threadIdx.x] = row[255 - 8 * threadIdx.x];  // here
+    }
+    """
+    accused(text, 1, 32, ints(32), ints(256), kind="race")
 
 
 def test_after_an_error_the_same_kernel_runs_again() -> None:

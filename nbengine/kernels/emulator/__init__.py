@@ -8,7 +8,7 @@ raises `EmulationError`; without, a wild access is as wild as in C.
 Threads of a block are fibers (`runtime/`), so that barriers and warp operations mean what they mean
 on a GPU; blocks are spread over `torch.get_num_threads()` threads of the operating system. What is
 not modelled: time, caches, and the order of memory between blocks. A kernel that waits in a loop for
-another thread's write, with no barrier, waits for ever. Which lanes are converged is the hardware's
+another thread's write, with no barrier, waits until it is interrupted. Which lanes are converged is the hardware's
 choice: `__activemask()` names the calling lane alone.
 """
 
@@ -18,6 +18,7 @@ import ctypes
 import functools
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,7 +71,11 @@ class EmulatedKernel(Kernel):
 
     Raises `CompileError`, `NoCompiler`, `ToolchainMissing`; launched, `EmulationError`. Without
     checks, of the kinds of error only those are seen that stop the kernel itself: a barrier or warp
-    operation that is waited in for ever, wrong masks and lanes, traps and assertions.
+    operation that is waited in for ever, wrong masks and lanes, traps, assertions and overflowing
+    stacks.
+
+    An interrupt (SIGINT) ends a launch on Python's main thread: at a barrier, a warp operation or the
+    end of a block, with checks at the next access to memory.
     """
 
     def __init__(
@@ -134,6 +139,8 @@ class EmulatedKernel(Kernel):
             num_os_threads=torch.get_num_threads(),
             listeners=listeners,
             traced_block=traced,
+            knows_memory=not any(p.c_type.endswith("**") for p in self.parameters),
+            is_interruptible=threading.get_ident() == threading.main_thread().ident,
         )
         if listeners:
             buffers = (_Buffer * len(arguments))(*map(_buffer, arguments))
@@ -148,6 +155,8 @@ class EmulatedKernel(Kernel):
             request.variables, request.num_variables = ctypes.addressof(variables), len(variables)
         result = _Result()
         launched = self._runtime.nb_emulator_launch(ctypes.byref(request), ctypes.byref(result))
+        if result.kind == b"interrupted":
+            raise KeyboardInterrupt
         try:
             if result.printed:
                 print(result.printed.decode(errors="replace"), end="")
@@ -215,8 +224,12 @@ class EmulatedKernel(Kernel):
         if not tensors:
             return f"address {address:#x}"
         name, tensor = min(tensors, key=lambda named: distance(named[1]))
-        if distance(tensor) > 1 << 32:
-            return f"address {address:#x}, far from every tensor"
+        if distance(tensor) > 1 << 20:
+            return (
+                f"address {address:#x}, far from every tensor that was passed (the nearest is {name}; "
+                "what a kernel allocates, or reaches through addresses in a tensor of a type that is "
+                "no pointer's, is not known)"
+            )
         index = (address - tensor.data_ptr()) // tensor.itemsize
         return f"{name}[{index}], where {name} has {tensor.numel():,} elements"
 
@@ -298,6 +311,8 @@ class _Launch(ctypes.Structure):
         ("num_os_threads", ctypes.c_uint32),
         ("listeners", ctypes.c_uint32),
         ("traced_block", ctypes.c_uint * 3),
+        ("knows_memory", ctypes.c_uint32),
+        ("is_interruptible", ctypes.c_uint32),
     )
 
 

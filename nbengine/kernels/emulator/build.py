@@ -24,7 +24,7 @@ from nbengine.disk_cache import cache_folder, drop_oldest, made_whole, mark_used
 from nbengine.errors import NbengineError
 from nbengine.kernels.diagnostics import CompileError, Diagnostic, parse_gcc
 from nbengine.kernels.program import MAX_SHARED_BYTES
-from nbengine.kernels.source import INCLUDE_ROOT, Source, declared_at, without_comments
+from nbengine.kernels.source import INCLUDE_ROOT, Source, declared_at
 from nbengine.kernels.toolchain import headers_identity, nvidia_headers
 
 CACHE_BYTES = 512 * 2**20
@@ -50,9 +50,13 @@ _CHECKED = (
     "-g1",
     "-fsanitize=thread",  # calls the runtime before every access to memory
     "-fsanitize=alignment,bounds,integer-divide-by-zero",
+    # Expanded in place, a copy of more than 16 bytes would be announced to nobody.
+    *("-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset"),
 )
 _ONLY_GCC = (
     "-fno-gnu-unique",  # else two versions of a kernel would share variables
+    "-fno-extern-tls-init",  # shared memory has no constructors
+    "-fstack-clash-protection",  # no frame reaches over the guard of a stack
     # With checks, nothing that reads memory where the source does not.
     *("-fno-tree-loop-im", "-fno-ssa-phiopt"),
 )
@@ -94,22 +98,26 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     flags = (*_COMMON, *(_CHECKED if checks else _FAST), *_own_flags())
     key = _key(text, entry, *map(str, headers), *headers.values(), str(source.folder), *flags)
     include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *nvidia_headers())]
+    include += [f"-I{path / 'cccl'}" for path in nvidia_headers()]
     if source.folder is not None:
         include.append(f"-iquote{source.folder}")
     wrapped = _WRAPPED if checks and sys.platform != "darwin" else ()
 
     def make(target: Path) -> None:
-        unit, compiled = target.with_name(UNIT), str(target.with_name("kernel.o"))
+        unit, compiled = target.with_name(UNIT), target.with_name("kernel.o")
         unit.write_text(text + entry)
         for path, header in headers.items():
             unit.with_name(names[path]).write_text(_at_first_line(str(path)) + header)
-        storage = target.with_name("storage.cpp")
-        storage.write_text(_storage(source))
         compile = (*flags, *include, "-include", str(_prelude(flags)), str(unit))
         try:
-            _run(*compile, "-c", "-o", compiled)
-            _run(*_COMMON, "-c", str(storage), "-o", f"{compiled}2")
-            _run(compiled, f"{compiled}2", str(runtime()), *wrapped, "-shared", "-o", str(target))
+            _run(*compile, "-c", "-o", str(compiled))
+            objects = [str(compiled)]
+            if dynamic := _dynamic_shared(compiled):
+                storage = target.with_name("storage.cpp")
+                storage.write_text(_storage(dynamic))
+                objects.append(str(target.with_name("storage.o")))
+                _run(*_COMMON, "-c", str(storage), "-o", objects[-1])
+            _run(*objects, str(runtime()), *wrapped, *_LINKED, "-o", str(target))
         except _Refused as refused:
             log = str(refused)
             if _ENTRY_NAME in log:  # what is wrong without the entry is told alone
@@ -119,11 +127,12 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
                 except _Refused as alone:
                     log = str(alone)
             title = f"{source.name}: {expression} does not compile for the emulator"
-            remarks = _located(parse_gcc(log), source, expression)
+            said = parse_gcc(log) or _assembled(log) or _undefined(log, source)
+            remarks = _located(said, source, expression)
             raise CompileError(title, remarks, source.texts, log) from None
 
     library = _made(f"kernel-{key}.so", make)
-    return _with_variables(library, source, expression) if checks else Library(library)
+    return _with_variables(library, expression) if checks else Library(library)
 
 
 UNIT = "emulated_kernel.cpp"
@@ -135,6 +144,7 @@ _NO_PTX = (
 )
 _NO_INSTANCE = "the template has no instance for these arguments"
 _WRAPPED = tuple(f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset"))
+_LINKED = ("-shared", *(() if sys.platform == "darwin" else ("-Wl,-z,defs",)))
 
 
 def _located(
@@ -144,7 +154,7 @@ def _located(
     and belongs to the kernel's line; the rest follows from that."""
     kept, is_placed = [], False
     for remark in remarks:
-        message = _NO_PTX if "poison" in remark.message else remark.message
+        message = _NO_PTX if _OF_ASM.search(remark.message) else remark.message
         if remark.file != _ENTRY_NAME:
             notes = (re.sub(rf"^{_ENTRY_NAME}:[:\d]+ ", "", note) for note in remark.notes)
             users = tuple(note for note in notes if _ENTRY_NAME not in note)
@@ -158,28 +168,67 @@ def _located(
     return tuple(kept)
 
 
-def _with_variables(library: Path, source: Source, expression: str) -> Library:
-    """By the thread-local symbols of the library."""
-    tool = shutil.which("readelf") or shutil.which("llvm-readelf")
-    if tool is None:
-        raise NoCompiler(
-            "the emulator's checks read a kernel's variables with readelf, which is not on the PATH: "
-            "install binutils (on Linux)"
-        )
-    output = subprocess.run([tool, "-sW", str(library)], capture_output=True, text=True, check=True)
-    symbols = {
-        fields[7]: (int(fields[1], 16), int(fields[2], 0))
-        for fields in map(str.split, output.stdout.splitlines())
-        if len(fields) == 8 and fields[3] == "TLS" and fields[6] != "UND"
-    }
+def _assembled(log: str) -> tuple[Diagnostic, ...]:
+    """What the assembler did not take: PTX, in all likelihood."""
+    return tuple(
+        Diagnostic(match["file"], int(match["line"]), None, "error", f"asm: {match['message']}")
+        for match in _ASSEMBLER.finditer(log)
+    )
+
+
+_OF_ASM = re.compile(r"\b(?:asm|output constraint)\b")
+_ASSEMBLER = re.compile(r"^(?P<file>.+):(?P<line>\d+): Error: (?P<message>.*)$", re.MULTILINE)
+
+
+def _undefined(log: str, source: Source) -> tuple[Diagnostic, ...]:
+    """What the linker misses, each once."""
+    missing = {match["name"]: match["line"] for match in _UNDEFINED.finditer(log)}
+    return tuple(
+        Diagnostic(source.name, int(line) if line else None, None, "error",
+                   f"{name} is used, and neither the source nor a header of it defines it")
+        for name, line in missing.items()
+    )  # fmt: skip
+
+
+_UNDEFINED = re.compile(r"(?::(?P<line>\d+))?:[^:\n]* undefined reference to [`'](?P<name>.*)'")
+
+
+def _dynamic_shared(compiled: Path) -> tuple[str, ...]:
+    """The symbols of what the source and its headers declare `extern __shared__`, by whatever words:
+    thread-local, and not defined."""
+    if sys.platform == "darwin":
+        return ()
+    return tuple(name for name, (at, _) in _thread_local_symbols(compiled).items() if at is None)
+
+
+def _storage(names: tuple[str, ...]) -> str:
+    """A second unit: the dynamic shared memory, which all these symbols stand for."""
+    return f"""
+extern "C" alignas(1024) thread_local unsigned char {_DYNAMIC}[{MAX_SHARED_BYTES}] = {{}};
+""" + "".join(
+        f'extern "C" thread_local unsigned char nb_name_{i}[] __asm__("{name}") '
+        f'__attribute__((alias("{_DYNAMIC}")));\n'
+        for i, name in enumerate(names)
+    )
+
+
+_DYNAMIC = "nb_dynamic_shared"
+
+
+def _with_variables(library: Path, expression: str) -> Library:
+    """By the thread-local symbols of the library. Of several names for the dynamic shared memory,
+    one."""
+    symbols = _thread_local_symbols(library)
     anchor, _ = symbols.pop("nb_anchor")
-    dynamic = _dynamic_shared(source)
+    dynamic, _ = symbols.pop(_DYNAMIC, (None, 0))
+    assert anchor is not None
+    symbol_at = {at: symbol for symbol, (at, _) in symbols.items() if at is not None}
     found = {
         symbol: SharedVariable(
-            *(_unmangled(symbol), value - anchor, size, symbol in dynamic),
+            *(_unmangled(symbol), at - anchor, symbols[symbol][1], at == dynamic),
             is_guard=symbol.startswith("_ZGV"),
         )
-        for symbol, (value, size) in symbols.items()
+        for at, symbol in symbol_at.items()
     }
     name = expression.partition("<")[0].strip().rpartition("::")[2]
     own = re.compile(rf"_ZZ.*(?<!\d){len(name)}{name}")
@@ -188,6 +237,22 @@ def _with_variables(library: Path, source: Source, expression: str) -> Library:
         tuple(sorted(found.values(), key=lambda variable: variable.is_guard)),
         sum(variable.num_bytes for symbol, variable in found.items() if own.match(symbol)),
     )
+
+
+def _thread_local_symbols(path: Path) -> dict[str, tuple[int | None, int]]:
+    """By name, the place (None where it is not defined) and the size."""
+    tool = shutil.which("readelf") or shutil.which("llvm-readelf")
+    if tool is None:
+        raise NoCompiler(
+            "the emulator reads a kernel's variables with readelf, which is not on the PATH: "
+            "install binutils (on Linux)"
+        )
+    output = subprocess.run([tool, "-sW", str(path)], capture_output=True, text=True, check=True)
+    return {
+        fields[7]: (None if fields[6] == "UND" else int(fields[1], 16), int(fields[2], 0))
+        for fields in map(str.split, output.stdout.splitlines())
+        if len(fields) == 8 and fields[3] == "TLS"
+    }
 
 
 def _unmangled(symbol: str) -> str:
@@ -210,10 +275,13 @@ def runtime() -> Path:
         *("-ftls-model=initial-exec", "-fno-semantic-interposition"),
         *(() if sys.platform == "darwin" else ("-Wl,-Bsymbolic",)),
     )
-    return _made(
-        f"runtime-{_key(*flags)}.so",
-        lambda target: _run(*flags, *sources, "-o", str(target)),
-    )
+    name = f"runtime-{_key(*flags)}.so"
+    if sys.platform != "darwin":
+        flags = (
+            *flags,
+            f"-Wl,-soname,{name}",
+        )  # kernels ask for the one that is loaded, by its name
+    return _made(name, lambda target: _run(*flags, *sources, "-o", str(target)))
 
 
 def _prelude(flags: tuple[str, ...]) -> Path:
@@ -234,59 +302,41 @@ def _at_first_line(file: str) -> str:
     return f'#line 1 "{name}"\n'
 
 
-def _storage(source: Source) -> str:
-    """A second unit: what the names of dynamic shared memory stand for, of whatever type they were
-    declared, and the initialisation that C++ expects of a thread_local defined elsewhere."""
-    return "".join(
-        f"alignas(1024) thread_local unsigned char {name}[{MAX_SHARED_BYTES}];\n"
-        f'extern "C" void _ZTH{len(name)}{name}() {{}}\n'
-        for name in _dynamic_shared(source)
-    )
-
-
-def _dynamic_shared(source: Source) -> tuple[str, ...]:
-    """The names that the source and its headers declare `extern __shared__`."""
-    texts = map(without_comments, source.texts.values())
-    return tuple(dict.fromkeys(name for text in texts for name in _DYNAMIC_SHARED.findall(text)))
-
-
-_DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\b[^;]*?\b(\w+)\s*\[\s*\]\s*;")
-
 _ENTRY_NAME = "emulated_entry"
 _ENTRY = """
 #define NB_EXPORTED extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
 
 struct nb_argument {
-  long long integer;
-  double real;
+  long long nb_integer;
+  double nb_real;
 };
 
-template <typename P>
-__attribute__((no_sanitize("thread"))) P nb_unpacked(const nb_argument& argument) {
-  if constexpr (std::is_pointer_v<P>) {
-    return reinterpret_cast<P>(argument.integer);
-  } else if constexpr (std::is_integral_v<P> || std::is_enum_v<P>) {
-    return static_cast<P>(argument.integer);
+template <typename NbP>
+__attribute__((no_sanitize("thread"))) NbP nb_unpacked(const nb_argument& nb_given) {
+  if constexpr (std::is_pointer_v<NbP>) {
+    return reinterpret_cast<NbP>(nb_given.nb_integer);
+  } else if constexpr (std::is_integral_v<NbP> || std::is_enum_v<NbP>) {
+    return static_cast<NbP>(nb_given.nb_integer);
   } else {
-    return static_cast<P>(argument.real);
+    return static_cast<NbP>(nb_given.nb_real);
   }
 }
 
-template <typename... P, size_t... i>
-__attribute__((no_sanitize("thread"))) void nb_call(void (*kernel)(P...),
-                                                    const nb_argument* arguments,
-                                                    std::index_sequence<i...>) {
-  kernel(nb_unpacked<std::remove_cv_t<P>>(arguments[i])...);
+template <typename... NbP, size_t... nb_i>
+__attribute__((no_sanitize("thread"))) void nb_call(void (*nb_kernel)(NbP...),
+                                                    const nb_argument* nb_arguments,
+                                                    std::index_sequence<nb_i...>) {
+  nb_kernel(nb_unpacked<std::remove_cv_t<NbP>>(nb_arguments[nb_i])...);
 }
 
-template <typename... P>
-__attribute__((no_sanitize("thread"))) void nb_call(void (*kernel)(P...), const void* arguments) {
-  nb_call(kernel, static_cast<const nb_argument*>(arguments), std::index_sequence_for<P...>());
+template <typename... NbP>
+__attribute__((no_sanitize("thread"))) void nb_call(void (*nb_kernel)(NbP...), const void* nb_arguments) {
+  nb_call(nb_kernel, static_cast<const nb_argument*>(nb_arguments), std::index_sequence_for<NbP...>());
 }
 
-NB_EXPORTED void nb_thread_main(const void* arguments) {
+NB_EXPORTED void nb_thread_main(const void* nb_arguments) {
   constexpr auto nb_kernel = &KERNEL;
-  nb_call(nb_kernel, arguments);
+  nb_call(nb_kernel, nb_arguments);
 }
 
 thread_local char nb_anchor;

@@ -63,7 +63,7 @@ class Places:
             if line.startswith("0x"):
                 frames.append([])
             else:
-                frames[-1].append(line.partition(" (")[0])
+                frames[-1].append(line.partition(" (discriminator ")[0])
         return [self._chosen(of_one) for of_one in frames]
 
     def _chosen(self, frames: list[str]) -> Place | None:

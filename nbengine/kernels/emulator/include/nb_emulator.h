@@ -15,7 +15,9 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <limits>
 #include <type_traits>
 
@@ -23,9 +25,21 @@
 
 #include <vector_types.h>
 
+// NVIDIA's headers take numbers apart with memcpy, between variables of their own. Those copies the
+// compiler may do in place; a kernel's are calls, so that they can be looked at.
+namespace std {
+__forceinline__ void* nb_memcpy(void* target, const void* source, size_t bytes) {
+  return __builtin_memcpy(target, source, bytes);
+}
+}  // namespace std
+using std::nb_memcpy;
+#define memcpy nb_memcpy
+
 #include <cuda_fp16.h>
 
 #include <cuda_bf16.h>
+
+#undef memcpy
 
 constexpr int warpSize = 32;
 
@@ -34,6 +48,8 @@ constexpr int warpSize = 32;
 #include "nb_emulator_atomic.h"
 
 #include "nb_emulator_math.h"
+
+#include "nb_emulator_half.h"
 
 namespace nb_emulator {
 inline uint3 as_uint3(Index index) { return uint3{index.x, index.y, index.z}; }
@@ -51,11 +67,24 @@ __forceinline__ void __trap(NB_CALLER) { nb_emulator::blame("trap", NB_HERE, "__
 #define __builtin_assume(condition) ((void)0)
 #define __assume(condition) ((void)0)
 
-#define printf(...) ::nb_emulator::print(__VA_ARGS__)
-#undef assert
-#define assert(condition)                                                        \
-  ((condition) ? (void)0                                                         \
-               : ::nb_emulator::blame("assertion", {__FILE__, __LINE__}, "assert(%s) failed", \
-                                      #condition))
-// PTX has no meaning here: wrap it in a header with a second implementation, as nb/mma.cuh does.
-#pragma GCC poison asm
+// By whatever name it is called.
+using nb_emulator::nb_printf;
+namespace std {
+using nb_emulator::nb_printf;
+}
+#define printf nb_printf
+
+#include "assert.h"
+
+// CUDA's compiler takes alignas among the specifiers of a declaration, in any place.
+namespace nb_emulator {
+template <size_t bytes>
+constexpr size_t alignment() {
+  return bytes;
+}
+template <typename T>
+constexpr size_t alignment() {
+  return alignof(T);
+}
+}  // namespace nb_emulator
+#define alignas(...) __attribute__((aligned(::nb_emulator::alignment<__VA_ARGS__>())))

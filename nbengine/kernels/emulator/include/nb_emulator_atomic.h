@@ -30,13 +30,18 @@ __forceinline__ To bit_cast(const From& from) {
   return to;
 }
 
+template <typename Word>
+__attribute__((noinline, no_sanitize("thread"))) bool exchanged(Word* word, Word* old, Word wanted) {
+  return __atomic_compare_exchange_n(word, old, wanted, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+
+// One access, which the load announces.
 template <typename T, typename Change>
 __forceinline__ T atomic_change(T* address, Change change) {
   using Word = typename Bits<sizeof(T)>::type;
   auto* word = reinterpret_cast<Word*>(address);
   Word old = __atomic_load_n(word, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(word, &old, bit_cast<Word>(T(change(bit_cast<T>(old)))), false,
-                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (!exchanged(word, &old, bit_cast<Word>(T(change(bit_cast<T>(old)))))) {
   }
   return bit_cast<T>(old);
 }
@@ -50,7 +55,8 @@ __forceinline__ T atomic_change(T* address, Change change) {
       return changed;                                            \
     });                                                          \
   }                                                              \
-  __forceinline__ T name##_block(T* address, T value) { return name(address, value); }
+  __forceinline__ T name##_block(T* address, T value) { return name(address, value); } \
+  __forceinline__ T name##_system(T* address, T value) { return name(address, value); }
 
 #define NB_ATOMIC_INTEGERS(name, changed)   \
   NB_ATOMIC(name, int, changed)             \
@@ -79,15 +85,23 @@ NB_ATOMIC(atomicDec, unsigned, old == 0u || old > value ? value : old - 1u)
 #undef NB_ATOMIC_INTEGERS
 #undef NB_ATOMIC
 
-template <typename T>
-__forceinline__ T atomicCAS(T* address, T compare, T value) {
-  return nb_emulator::atomic_change(
-      address, [=](T old) { return __builtin_memcmp(&old, &compare, sizeof(T)) == 0 ? value : old; });
-}
-template <typename T>
-__forceinline__ T atomicCAS_block(T* address, T compare, T value) {
-  return atomicCAS(address, compare, value);
-}
+#define NB_CAS(T)                                                                      \
+  __forceinline__ T atomicCAS(T* address, T compare, T value) {                        \
+    return nb_emulator::atomic_change(                                                 \
+        address, [=](T old) -> T { return old == compare ? value : old; });            \
+  }                                                                                    \
+  __forceinline__ T atomicCAS_block(T* address, T compare, T value) {                  \
+    return atomicCAS(address, compare, value);                                         \
+  }                                                                                    \
+  __forceinline__ T atomicCAS_system(T* address, T compare, T value) {                 \
+    return atomicCAS(address, compare, value);                                         \
+  }
+NB_CAS(unsigned short)
+NB_CAS(int)
+NB_CAS(unsigned)
+NB_CAS(unsigned long)
+NB_CAS(unsigned long long)
+#undef NB_CAS
 
 #define NB_LOAD(name)                         \
   template <typename T>                       \

@@ -17,8 +17,9 @@
 #define __cluster_dims__(...)
 #define __maxnreg__(...)
 // One block at a time runs on a thread of the operating system, so what is local to it is the
-// block's. `extern __shared__` names are defined by the generated translation unit.
-#define __shared__ thread_local
+// block's. "used": else the compiler would take what nothing writes for zeros, and read it no more.
+// `extern __shared__` names are defined by a generated translation unit.
+#define __shared__ __attribute__((used)) thread_local
 
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))

@@ -34,7 +34,7 @@ NB_F cospif(float x) { return static_cast<float>(cos(M_PI * static_cast<double>(
 NB_F normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }
 NB_F __frsqrt_rn(float x) { return static_cast<float>(1.0 / sqrt(static_cast<double>(x))); }
 
-// Rounding to nearest is the mode of the processor; the directed forms are not here.
+// Rounding to nearest is the mode of the processor.
 NB_F __fadd_rn(float x, float y) { return x + y; }
 NB_F __fsub_rn(float x, float y) { return x - y; }
 NB_F __fmul_rn(float x, float y) { return x * y; }
@@ -49,6 +49,66 @@ NB_D __ddiv_rn(double x, double y) { return x / y; }
 NB_D __drcp_rn(double x) { return 1.0 / x; }
 NB_D __dsqrt_rn(double x) { return sqrt(x); }
 NB_D __fma_rn(double x, double y, double z) { return fma(x, y, z); }
+
+namespace nb_emulator {
+
+enum class Towards { kUp, kDown, kZero };
+
+// The nearest double and what it lacks (Dekker 1971, Knuth 4.2.2): together the exact result, or near
+// enough to tell on which side of `nearest` that lies.
+struct Exact {
+  double nearest, rest;
+};
+inline Exact sum(double x, double y) {
+  const double nearest = x + y, of_y = nearest - x;
+  return {nearest, (x - (nearest - of_y)) + (y - of_y)};
+}
+inline Exact product(double x, double y) { return {x * y, fma(x, y, -(x * y))}; }
+inline Exact quotient(double x, double y) { return {x / y, fma(-(x / y), y, x) / y}; }
+inline Exact root(double x) {
+  const double nearest = sqrt(x);
+  return {nearest, nearest == 0.0 ? 0.0 : fma(-nearest, nearest, x) / (2.0 * nearest)};
+}
+inline Exact integer(__int128 x) {
+  const auto nearest = static_cast<double>(x);
+  return {nearest, static_cast<double>(x - static_cast<__int128>(nearest))};
+}
+
+template <typename T>
+T rounded(Exact exact, Towards towards) {
+  const T result = static_cast<T>(exact.nearest);
+  const double above = static_cast<double>(result) - exact.nearest - exact.rest;
+  const bool down = towards == Towards::kDown || (towards == Towards::kZero && exact.nearest > 0.0);
+  if (down && above > 0.0) return std::nextafter(result, -std::numeric_limits<T>::infinity());
+  if (!down && above < 0.0) return std::nextafter(result, std::numeric_limits<T>::infinity());
+  return result;
+}
+
+}  // namespace nb_emulator
+
+#define NB_DIRECTED_OF(T, name, parameters, exact)                                                \
+  inline T name##_ru parameters { return nb_emulator::rounded<T>(exact, nb_emulator::Towards::kUp); } \
+  inline T name##_rd parameters { return nb_emulator::rounded<T>(exact, nb_emulator::Towards::kDown); } \
+  inline T name##_rz parameters { return nb_emulator::rounded<T>(exact, nb_emulator::Towards::kZero); }
+#define NB_DIRECTED(T, prefix)                                                \
+  NB_DIRECTED_OF(T, __##prefix##add, (T x, T y), nb_emulator::sum(x, y))      \
+  NB_DIRECTED_OF(T, __##prefix##sub, (T x, T y), nb_emulator::sum(x, -y))     \
+  NB_DIRECTED_OF(T, __##prefix##mul, (T x, T y), nb_emulator::product(x, y))  \
+  NB_DIRECTED_OF(T, __##prefix##div, (T x, T y), nb_emulator::quotient(x, y)) \
+  NB_DIRECTED_OF(T, __##prefix##rcp, (T x), nb_emulator::quotient(1.0, x))    \
+  NB_DIRECTED_OF(T, __##prefix##sqrt, (T x), nb_emulator::root(x))
+NB_DIRECTED(float, f)
+NB_DIRECTED(double, d)
+// The product of two floats is a double.
+NB_DIRECTED_OF(float, __fmaf, (float x, float y, float z),
+               nb_emulator::sum(static_cast<double>(x) * y, z))
+NB_DIRECTED_OF(float, __int2float, (int x), nb_emulator::integer(x))
+NB_DIRECTED_OF(float, __uint2float, (unsigned x), nb_emulator::integer(x))
+NB_DIRECTED_OF(float, __ll2float, (long long x), nb_emulator::integer(x))
+NB_DIRECTED_OF(float, __ull2float, (unsigned long long x), nb_emulator::integer(x))
+NB_DIRECTED_OF(float, __double2float, (double x), (nb_emulator::Exact{x, 0.0}))
+#undef NB_DIRECTED
+#undef NB_DIRECTED_OF
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -68,6 +128,7 @@ inline unsigned long long __brevll(unsigned long long x) {
          __brev(static_cast<unsigned>(x >> 32));
 }
 inline int __mul24(int x, int y) { return (x << 8 >> 8) * (y << 8 >> 8); }
+inline unsigned __umul24(unsigned x, unsigned y) { return (x & 0xffffffu) * (y & 0xffffffu); }
 inline int __mulhi(int x, int y) {
   return static_cast<int>(static_cast<long long>(x) * static_cast<long long>(y) >> 32);
 }
@@ -135,21 +196,27 @@ Integer nb_emulator_saturated(double x) {
   if (x >= static_cast<double>(kGreatest)) return kGreatest;
   return static_cast<Integer>(x);
 }
-#define NB_ROUND(to, Integer)                                                                \
-  inline Integer __float2##to##_rn(float x) { return nb_emulator_saturated<Integer>(rint(x)); } \
-  inline Integer __float2##to##_rz(float x) { return nb_emulator_saturated<Integer>(trunc(x)); } \
-  inline Integer __float2##to##_ru(float x) { return nb_emulator_saturated<Integer>(ceil(x)); } \
-  inline Integer __float2##to##_rd(float x) { return nb_emulator_saturated<Integer>(floor(x)); }
+#define NB_ROUND_OF(from, to, Integer)                                                            \
+  inline Integer __##from##2##to##_rn(from x) { return nb_emulator_saturated<Integer>(rint(x)); }  \
+  inline Integer __##from##2##to##_rz(from x) { return nb_emulator_saturated<Integer>(trunc(x)); } \
+  inline Integer __##from##2##to##_ru(from x) { return nb_emulator_saturated<Integer>(ceil(x)); }  \
+  inline Integer __##from##2##to##_rd(from x) { return nb_emulator_saturated<Integer>(floor(x)); }
+#define NB_ROUND(to, Integer)     \
+  NB_ROUND_OF(float, to, Integer) \
+  NB_ROUND_OF(double, to, Integer)
 NB_ROUND(int, int)
 NB_ROUND(uint, unsigned)
 NB_ROUND(ll, long long)
 NB_ROUND(ull, unsigned long long)
 #undef NB_ROUND
+#undef NB_ROUND_OF
 NB_F __int2float_rn(int x) { return static_cast<float>(x); }
 NB_F __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 NB_F __ll2float_rn(long long x) { return static_cast<float>(x); }
 NB_F __ull2float_rn(unsigned long long x) { return static_cast<float>(x); }
 NB_F __double2float_rn(double x) { return static_cast<float>(x); }
+NB_D __int2double_rn(int x) { return x; }
+NB_D __uint2double_rn(unsigned x) { return x; }
 
 #define NB_EXTREMA(T)                              \
   inline T min(T a, T b) { return b < a ? b : a; } \

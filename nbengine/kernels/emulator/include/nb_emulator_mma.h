@@ -6,6 +6,18 @@ namespace nb_emulator {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// ldmatrix and mma.sync are for warps whose 32 lanes are all there.
+__forceinline__ void require_whole_warp(void* const* lanes, const char* name) {
+  int there = 0, missing = -1;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (lanes[lane] == nullptr) missing = lane;
+  }
+  if (missing < 0) return;
+  while (lanes[there] == nullptr) ++there;
+  blame_lane(there, "inactive lane", "%s needs all 32 lanes of the warp, and lane %d has exited or "
+             "does not exist", name, missing);
+}
+
 struct Matrices {
   unsigned* registers;
   const void* row;
@@ -13,6 +25,7 @@ struct Matrices {
 
 template <int count, bool transposed>
 void execute_ldmatrix(void* const* lanes) {
+  require_whole_warp(lanes, "ldmatrix");
   for (int matrix = 0; matrix < count; ++matrix) {
     unsigned short items[8][8];
     for (int row = 0; row < 8; ++row) {
@@ -53,6 +66,7 @@ __forceinline__ float element(unsigned pair, int which, __nv_bfloat16*) {
 
 template <typename T>
 void execute_mma_m16n8k16(void* const* lanes) {
+  require_whole_warp(lanes, "mma.m16n8k16");
   float a[16][16], b[8][16];  // b transposed
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<Product*>(lanes[lane]);

@@ -62,6 +62,6 @@ void async_wait(int groups_in_flight);
 long long nanoseconds();
 
 // printf of device code, handed to Python when the launch is over.
-int print(const char* format, ...) __attribute__((format(printf, 1, 2)));
+int nb_printf(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace nb_emulator

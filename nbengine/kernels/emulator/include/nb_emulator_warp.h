@@ -23,11 +23,12 @@ void execute_shuffle(void* const* lanes) {
     if (lanes[lane] == nullptr) continue;
     auto& mine = *static_cast<Shuffled<T>*>(lanes[lane]);
     const int first = lane / mine.width * mine.width, last = first + mine.width - 1;
+    const int operand = mine.operand & 31;  // five bits of it count
     int source = lane;
-    if (kind == Shuffle::kIndex) source = first + (mine.operand & (mine.width - 1));
-    if (kind == Shuffle::kUp) source = lane - mine.operand;
-    if (kind == Shuffle::kDown) source = lane + mine.operand;
-    if (kind == Shuffle::kXor) source = lane ^ mine.operand;
+    if (kind == Shuffle::kIndex) source = first + (operand & (mine.width - 1));
+    if (kind == Shuffle::kUp) source = lane - operand;
+    if (kind == Shuffle::kDown) source = lane + operand;
+    if (kind == Shuffle::kXor) source = lane ^ operand;
     // Up stays above its segment's first lane; the others stay below its last (PTX ISA, shfl.sync).
     if (kind == Shuffle::kUp ? source < first : source > last) source = lane;
     if (lanes[source] == nullptr) {

@@ -11,9 +11,15 @@ thread_local Block* running_block = nullptr;
 namespace {
 // Between launches. A fiber costs some system calls, and a block may need a thousand.
 thread_local std::vector<std::unique_ptr<Fiber>> spare_fibers;
+
+Error no_stack() {
+  return {"out of memory", "got no stack from the system: too many threads at once, or limits on "
+                           "memory or its mappings"};
+}
 }  // namespace
 
-Block::Block(Grid& grid) : grid(grid), memory(grid.request), fibers_(std::move(spare_fibers)) {
+Block::Block(Grid& grid)
+    : grid(grid), memory(grid.request), stop_(grid.stop), fibers_(std::move(spare_fibers)) {
   const LaunchRequest& request = grid.request;
   const unsigned *size = request.block, num_threads = size[0] * size[1] * size[2];
   threads.resize(num_threads);
@@ -43,15 +49,18 @@ void Block::run(uint64_t linear_block) {
   if (live_ % kLanes != 0) live_lanes_.back() = (1u << live_ % kLanes) - 1;
   for (auto& listener : listeners_) listener->block_start(*this);
 
-  running_block = this;
   fiber_ = idle_fiber();
+  if (fiber_ == nullptr) return grid.fail(no_stack());
+  running_block = this;
   nb_emulator_switch(&caller_, fiber_->saved);
   running_block = nullptr;
 }
 
 Fiber* Block::idle_fiber() {
   if (idle_.empty()) {
-    fibers_.push_back(std::make_unique<Fiber>(fiber_main));
+    auto made = Fiber::make(fiber_main);
+    if (made == nullptr) return nullptr;
+    fibers_.push_back(std::move(made));
     return fibers_.back().get();
   }
   Fiber* fiber = idle_.back();
@@ -74,6 +83,7 @@ void Block::fiber_main() {
 // What a fiber does that is not in the middle of a thread.
 void Block::work() {
   Fiber* const me = fiber_;
+  if (stopping()) leave();
   if (next_ready_ < ready_.size()) {
     idle_.push_back(me);
     resume_next_ready();
@@ -113,6 +123,7 @@ void Block::wait() {
     resume_next_ready();
   } else if (started_ < threads.size()) {
     fiber_ = idle_fiber();
+    if (fiber_ == nullptr) fail(*current, current->place, current->pc, no_stack());
   } else {
     deadlock();
   }
@@ -137,6 +148,7 @@ void Block::exited(Thread& thread) {
 }
 
 Votes Block::barrier(bool vote, Place place, const void* pc) {
+  check_in();
   Thread& me = *current;
   me.name = "__syncthreads";
   me.place = place;
@@ -168,6 +180,7 @@ void Block::release_barrier() {
 
 void Block::warp_together(unsigned mask, void* arguments, Execute execute, const char* name,
                           Place place, const void* pc) {
+  check_in();
   Thread& me = *current;
   const unsigned bit = 1u << me.lane();
   me.name = name;
@@ -206,7 +219,10 @@ void Block::finish(Group& group, int warp) {
     group.execute(group.lanes);
     executing_warp = -1;
   }
-  for (auto& listener : listeners_) listener->warp_operation(*this, warp, group.arrived);
+  const bool orders_memory = group.execute == nullptr;
+  for (auto& listener : listeners_) {
+    listener->warp_operation(*this, warp, group.arrived, orders_memory);
+  }
   for (unsigned lanes = group.arrived; lanes != 0; lanes &= lanes - 1) {
     Thread& thread = lane_of(warp, __builtin_ctz(lanes));
     thread.state = Thread::kRunning;
@@ -216,6 +232,7 @@ void Block::finish(Group& group, int warp) {
 
 void Block::async_copy(void* target, const void* source, size_t bytes, size_t source_bytes,
                        const void* pc) {
+  check_in();
   Thread& me = *current;
   const size_t odd = reinterpret_cast<uintptr_t>(target) |
                      (source_bytes != 0 ? reinterpret_cast<uintptr_t>(source) : 0);
@@ -244,6 +261,10 @@ void Block::arrive(Thread& thread, int groups_before) {
     }
   }
   thread.copies.resize(kept);
+}
+
+void Block::fence() {
+  for (auto& listener : listeners_) listener->fence(*this, *current);
 }
 
 void Block::access(Thread* thread, const void* address, size_t bytes, Access::Kind kind,
@@ -299,9 +320,17 @@ void Block::fail(const Thread& thread, Place place, const void* pc, Error error)
   error.block = index;
   error.thread = thread.index;
   grid.fail(std::move(error));
+  leave();
+}
 
-  // Back to the caller of run(). What the fibers did is forgotten with their stacks: this one too, as
-  // only its outermost frame is written over.
+void Block::overflowed(const void* pc) {
+  fail(*current, {}, pc,
+       {"stack overflow", text("needs more than %zu KiB for its local variables and calls",
+                               (Fiber::kStackBytes - Fiber::kReserveBytes) >> 10)});
+}
+
+// Of the running fiber, too, only the outermost frame is written over.
+void Block::leave() {
   ready_.clear();
   next_ready_ = 0;
   for (auto& groups : groups_) groups.clear();

@@ -64,12 +64,27 @@ class Block {
   void async_commit() { ++current->committed_groups; }
   void async_wait(int groups_in_flight);
 
+  void fence();
+
   // Tells the listeners of an access.
   void access(Thread* thread, const void* address, size_t bytes, Access::Kind kind, const void* pc);
 
-  // Ends the launch with an error that blames `thread`, at `place` or, where that has no file, at
-  // `pc`. The block is left as it stands.
+  // Ends the launch with an error that blames `thread`, at `pc` or, where nothing is known of that, at
+  // `place`. The block is left as it stands.
   [[noreturn]] void fail(const Thread& thread, Place place, const void* pc, Error error);
+
+  // Ends the launch if it is to stop, or the current thread if its stack is as good as full. To be
+  // asked wherever the kernel calls.
+  void check_in(const void* pc = nullptr) {
+    if (stopping()) leave();
+    if (!current->fiber->has_room_below(__builtin_frame_address(0))) overflowed(pc);
+  }
+  bool stopping() const { return stop_.load(std::memory_order_relaxed); }
+  // Back to the caller of run(). What the fibers did is forgotten with their stacks.
+  [[noreturn]] void leave();
+  // The current thread has used up its stack.
+  [[noreturn]] void overflowed(const void* pc);
+  const Fiber& running_fiber() const { return *fiber_; }
 
   // An error that may yet show itself as a race, which says more: at the next barrier, the block's
   // end, or in place of an error that may follow from it. The first is kept.
@@ -107,6 +122,7 @@ class Block {
   [[noreturn]] void deadlock();
   void settle();
 
+  const std::atomic<bool>& stop_;
   ListenerList listeners_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> idle_;

@@ -67,7 +67,8 @@ void async_wait(int groups_in_flight) { running_block->async_wait(groups_in_flig
 
 long long nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
-int print(const char* format, ...) {
+int nb_printf(const char* format, ...) {
+  running_block->check_in();
   va_list arguments;
   va_start(arguments, format);
   const std::string written = formatted(format, arguments);

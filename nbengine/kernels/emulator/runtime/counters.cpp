@@ -47,7 +47,7 @@ class Counters : public Listener {
     ++counts_.barriers;
     for (int warp = 0; warp < block.num_warps(); ++warp) flush(block, warp);
   }
-  void warp_operation(Block& block, int warp, unsigned lanes) override {
+  void warp_operation(Block& block, int warp, unsigned lanes, bool) override {
     ++counts_.warp_operations;
     if (lanes == block.live_lanes(warp)) flush(block, warp);
   }

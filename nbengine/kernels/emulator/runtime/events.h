@@ -39,8 +39,9 @@ class Listener {
   virtual void access(Block&, const Access&) {}
   // All threads of the block that have not exited are here, and go on.
   virtual void barrier(Block&) {}
-  // So do these lanes of a warp.
-  virtual void warp_operation(Block&, int /*warp*/, unsigned /*lanes*/) {}
+  // So do these lanes of a warp. A __syncwarp alone orders their accesses to memory.
+  virtual void warp_operation(Block&, int /*warp*/, unsigned /*lanes*/, bool /*orders_memory*/) {}
+  virtual void fence(Block&, const Thread&) {}
   virtual void thread_end(Block&, Thread&) {}
   virtual void block_end(Block&) {}
 };

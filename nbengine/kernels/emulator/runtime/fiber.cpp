@@ -1,11 +1,9 @@
 #include "fiber.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
-#include <new>
 
 #ifndef MAP_NORESERVE
 #define MAP_NORESERVE 0
@@ -13,23 +11,26 @@
 
 namespace nb_emulator {
 
-Fiber::Fiber(void (*entry)()) : entry_(entry) {
-  const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* mapped = mmap(nullptr, kStackBytes + guard, PROT_READ | PROT_WRITE,
+std::unique_ptr<Fiber> Fiber::make(void (*entry)()) {
+  constexpr size_t kBytes = kGuardBytes + kStackBytes;
+  void* mapped = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped == MAP_FAILED) throw std::bad_alloc();
-  mprotect(mapped, guard, PROT_NONE);
-  stack_ = static_cast<char*>(mapped) + guard;
+  if (mapped == MAP_FAILED) return nullptr;
+  if (mprotect(mapped, kGuardBytes, PROT_NONE) != 0) {
+    munmap(mapped, kBytes);
+    return nullptr;
+  }
+  return std::unique_ptr<Fiber>(new Fiber(entry, static_cast<char*>(mapped) + kGuardBytes));
+}
+
+Fiber::Fiber(void (*entry)(), char* stack) : entry_(entry), stack_(stack) {
   // Stacks that began at the same place of a page would fight for the same lines of the cache.
   static std::atomic<size_t> made{0};
   top_ = stack_ + kStackBytes - made++ % 32 * 128;
   reset();
 }
 
-Fiber::~Fiber() {
-  const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  munmap(stack_ - guard, kStackBytes + guard);
-}
+Fiber::~Fiber() { munmap(stack_ - kGuardBytes, kGuardBytes + kStackBytes); }
 
 #if defined(__APPLE__)
 #define NB_SYMBOL "_nb_emulator_switch"

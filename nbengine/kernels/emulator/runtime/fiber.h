@@ -8,12 +8,14 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 
 namespace nb_emulator {
 
 class Fiber {
  public:
-  explicit Fiber(void (*entry)());
+  // Null where the system has no more memory or mappings to give.
+  static std::unique_ptr<Fiber> make(void (*entry)());
   ~Fiber();
   Fiber(const Fiber&) = delete;
 
@@ -24,11 +26,32 @@ class Fiber {
     return static_cast<size_t>(static_cast<const char*>(address) - stack_) < kStackBytes;
   }
 
-  static constexpr size_t kStackBytes = 256 << 10;  // of address space; pages come when touched
+  // Whether the runtime may still run in a frame here. It must never overflow a stack itself: what
+  // it had locked would stay locked.
+  bool has_room_below(const void* frame) const {
+    return static_cast<const char*>(frame) - stack_ >= static_cast<std::ptrdiff_t>(kReserveBytes);
+  }
+
+  // Whether an address is one that an overflowing stack comes to first.
+  bool guard_holds(const void* address) const {
+    const char* at = static_cast<const char*>(address);
+    return stack_ - static_cast<std::ptrdiff_t>(kGuardBytes) <= at && at < stack_;
+  }
+  char* top() const { return top_; }
+
+  // Of address space; pages come when touched. CUDA's threads may have 512 KiB of local memory, which
+  // an optimising compiler packs more densely.
+  static constexpr size_t kStackBytes = 1 << 20;
+  static constexpr size_t kReserveBytes = 64 << 10;
+  // With it stacks are an odd number of pages apart: the processor finds translations by the last bits
+  // of a page's number, and would have places for few of them at once.
+  static constexpr size_t kGuardBytes = 68 << 10;
 
   void* saved = nullptr;
 
  private:
+  Fiber(void (*entry)(), char* stack);
+
   void (*entry_)();
   char *stack_, *top_;
 };

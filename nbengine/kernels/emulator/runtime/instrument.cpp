@@ -13,10 +13,23 @@ namespace {
 __attribute__((always_inline)) inline void announce(const void* address, size_t bytes,
                                                     Access::Kind kind, const void* pc) {
   Block* block = running_block;
-  if (block == nullptr || block->executing_warp >= 0) return;
+  if (block == nullptr || block->executing_warp >= 0 || bytes == 0) return;
   Thread* thread = block->current;
   if (thread->fiber->holds(address)) return;  // its own local variables
+  if (block->stopping()) block->leave();
   block->access(thread, address, bytes, kind, pc);
+}
+
+void announce_atomic(const volatile void* changed, size_t bytes, const void* pc) {
+  const void* address = const_cast<const void*>(changed);
+  announce(address, bytes, Access::kAtomic, pc);
+  Block* block = running_block;
+  if (block == nullptr || reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  Error error{"misaligned", text("{address} is accessed atomically, %zu bytes at once: its address "
+                                 "must be a multiple of that", bytes)};
+  error.address = static_cast<const char*>(address);
+  error.variable = block->memory.nearest_shared(error.address, &error.offset);
+  block->fail(*block->current, {}, pc, std::move(error));
 }
 
 }  // namespace
@@ -44,7 +57,9 @@ NB_ACCESSES(16)
 NB_HOOK __tsan_read_range(void* a, size_t bytes) { announce(a, bytes, Access::kRead, NB_PC); }
 NB_HOOK __tsan_write_range(void* a, size_t bytes) { announce(a, bytes, Access::kWrite, NB_PC); }
 NB_HOOK __tsan_init() {}
-NB_HOOK __tsan_func_entry(void*) {}
+NB_HOOK __tsan_func_entry(void*) {
+  if (running_block != nullptr) running_block->check_in(NB_PC);
+}
 NB_HOOK __tsan_func_exit() {}
 NB_HOOK __tsan_vptr_update(void**, void*) {}
 NB_HOOK __tsan_vptr_read(void**) {}
@@ -75,15 +90,15 @@ extern "C" void* __wrap_memset(void*, int, size_t) __attribute__((alias("__tsan_
 // the strongest.
 #define NB_ATOMICS(bits, T)                                                                        \
   extern "C" T __tsan_atomic##bits##_load(const volatile T* a, int) {                              \
-    announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
+    announce_atomic(a, sizeof(T), NB_PC);                                                          \
     return __atomic_load_n(a, __ATOMIC_SEQ_CST);                                                   \
   }                                                                                                \
   extern "C" void __tsan_atomic##bits##_store(volatile T* a, T value, int) {                       \
-    announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
+    announce_atomic(a, sizeof(T), NB_PC);                                                          \
     __atomic_store_n(a, value, __ATOMIC_SEQ_CST);                                                  \
   }                                                                                                \
   extern "C" T __tsan_atomic##bits##_exchange(volatile T* a, T value, int) {                       \
-    announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
+    announce_atomic(a, sizeof(T), NB_PC);                                                          \
     return __atomic_exchange_n(a, value, __ATOMIC_SEQ_CST);                                        \
   }                                                                                                \
   NB_FETCH(bits, T, add)                                                                           \
@@ -96,20 +111,20 @@ extern "C" void* __wrap_memset(void*, int, size_t) __attribute__((alias("__tsan_
   NB_CAS_VAL(bits, T)
 #define NB_FETCH(bits, T, op)                                                                      \
   extern "C" T __tsan_atomic##bits##_fetch_##op(volatile T* a, T value, int) {                     \
-    announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
+    announce_atomic(a, sizeof(T), NB_PC);                                                          \
     return __atomic_fetch_##op(a, value, __ATOMIC_SEQ_CST);                                        \
   }
 #define NB_CAS(bits, T, strength)                                                                  \
   extern "C" int __tsan_atomic##bits##_compare_exchange_##strength(volatile T* a, T* expected,     \
                                                                    T value, int, int) {            \
-    announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
+    announce_atomic(a, sizeof(T), NB_PC);                                                          \
     return __atomic_compare_exchange_n(a, expected, value, false, __ATOMIC_SEQ_CST,                \
                                        __ATOMIC_SEQ_CST);                                          \
   }
 #define NB_CAS_VAL(bits, T)                                                                        \
   extern "C" T __tsan_atomic##bits##_compare_exchange_val(volatile T* a, T expected, T value, int, \
                                                           int) {                                   \
-    announce(const_cast<T*>(a), sizeof(T), Access::kAtomic, NB_PC);                                \
+    announce_atomic(a, sizeof(T), NB_PC);                                                          \
     __atomic_compare_exchange_n(a, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);   \
     return expected;                                                                               \
   }
@@ -117,7 +132,10 @@ NB_ATOMICS(8, uint8_t)
 NB_ATOMICS(16, uint16_t)
 NB_ATOMICS(32, uint32_t)
 NB_ATOMICS(64, uint64_t)
-NB_HOOK __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+NB_HOOK __tsan_atomic_thread_fence(int) {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  if (running_block != nullptr) running_block->fence();
+}
 NB_HOOK __tsan_atomic_signal_fence(int) {}
 
 // The sanitizers of undefined behaviour name the place themselves. What they pass starts with it.
@@ -144,9 +162,10 @@ struct OutOfBounds {
   const Type *array, *index;
 };
 
-[[noreturn]] void found(const Found& at, Error error) {
+// The place may be a header's; `pc` leads to the kernel's own line.
+[[noreturn]] void found(const Found& at, const void* pc, Error error) {
   const Place place{at.file, static_cast<int>(at.line)};
-  running_block->fail(*running_block->current, place, nullptr, std::move(error));
+  running_block->fail(*running_block->current, place, pc, std::move(error));
 }
 
 }  // namespace
@@ -158,19 +177,19 @@ NB_HOOK __ubsan_handle_type_mismatch_v1(const Mismatch* data, uintptr_t address)
                    data->type->name, 1u << data->log_alignment)};
   error.address = reinterpret_cast<const char*>(address);
   error.variable = running_block->memory.nearest_shared(error.address, &error.offset);
-  found(data->at, std::move(error));
+  found(data->at, NB_PC, std::move(error));
 }
 
 NB_HOOK __ubsan_handle_out_of_bounds(const OutOfBounds* data, uintptr_t index) {
   if (running_block == nullptr) return;
   // An index wider than a pointer comes by its address; none is met in kernels.
-  found(data->at, {"out of bounds", text("index %lld of an array %s",
-                                         static_cast<long long>(static_cast<int64_t>(index)),
-                                         data->array->name)});
+  found(data->at, NB_PC, {"out of bounds", text("index %lld of an array %s",
+                                                static_cast<long long>(static_cast<int64_t>(index)),
+                                                data->array->name)});
 }
 
 NB_HOOK __ubsan_handle_divrem_overflow(const Found* at, uintptr_t, uintptr_t divisor) {
   if (running_block == nullptr) return;
-  found(*at, {"division", divisor == 0 ? "an integer is divided by zero"
+  found(*at, NB_PC, {"division", divisor == 0 ? "an integer is divided by zero"
                                        : "the quotient does not fit its type"});
 }

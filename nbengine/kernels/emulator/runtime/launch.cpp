@@ -4,10 +4,13 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
+#include <system_error>
 #include <thread>
 
 #include "block.h"
+#include "signals.h"
 
 namespace nb_emulator {
 
@@ -16,15 +19,17 @@ namespace {
 void run_blocks(Grid& grid) {
   const unsigned* size = grid.request.grid;
   const uint64_t blocks = static_cast<uint64_t>(size[0]) * size[1] * size[2];
+  catch_overflows();
   Block block(grid);
   for (;;) {
     const uint64_t at = grid.next_block++;
-    if (at >= blocks || grid.failed.load(std::memory_order_relaxed)) return;
+    if (at >= blocks || grid.stop.load(std::memory_order_relaxed)) return;
     block.run(at);
   }
 }
 
-// Threads that wait for launches to help with. They end with the process.
+// Threads that wait for launches to help with. They end with the process. Each keeps the stacks of its
+// fibers, so a launch whose blocks need many wakes the same few again.
 class Helpers {
  public:
   // Runs the grid on the calling thread and up to `wanted` helpers. A second launch at the same time
@@ -34,9 +39,10 @@ class Helpers {
     if (!launch.owns_lock() || wanted == 0) return run_blocks(grid);
     {
       const std::lock_guard lock(mutex_);
-      for (; started_ < wanted; ++started_) std::thread(&Helpers::help, this).detach();
+      start(wanted);
       grid_ = &grid;
       wanted_ = wanted;
+      ++launches_;
     }
     changed_.notify_all();
     run_blocks(grid);
@@ -46,11 +52,18 @@ class Helpers {
   }
 
  private:
-  void help() {
+  // Fewer helpers will do where the system gives no more.
+  void start(unsigned wanted) try {
+    for (; started_ < wanted; ++started_) std::thread(&Helpers::help, this, started_).detach();
+  } catch (const std::system_error&) {
+  }
+
+  void help(unsigned number) {
+    uint64_t helped_with = 0;
     std::unique_lock lock(mutex_);
     for (;;) {
-      changed_.wait(lock, [&] { return wanted_ > 0; });
-      --wanted_;
+      changed_.wait(lock, [&] { return number < wanted_ && helped_with != launches_; });
+      helped_with = launches_;
       ++busy_;
       Grid& grid = *grid_;
       lock.unlock();
@@ -65,6 +78,7 @@ class Helpers {
   std::condition_variable changed_;
   Grid* grid_ = nullptr;
   unsigned started_ = 0, wanted_ = 0, busy_ = 0;
+  uint64_t launches_ = 0;
 };
 
 // A forked process has none of its parent's threads, so it gets helpers of its own.
@@ -99,12 +113,24 @@ struct Result {
   uint64_t num_recorded;
 };
 
+// Linux lets a process have 65,530 mappings, and a fiber takes two. With so many at once, helpers that
+// keep those of other launches stay below that: 8 of 1,024 fibers, 16 of 512, ...
+constexpr uint64_t kMostFibers = 8192;
+
 extern "C" Grid* nb_emulator_launch(const LaunchRequest* request, Result* result) {
-  auto* grid = new Grid(*request);
-  const uint64_t blocks =
-      static_cast<uint64_t>(request->grid[0]) * request->grid[1] * request->grid[2];
-  const uint64_t threads = request->num_os_threads < blocks ? request->num_os_threads : blocks;
+  const unsigned *size = request->grid, *block = request->block;
+  const uint64_t blocks = static_cast<uint64_t>(size[0]) * size[1] * size[2];
+  const uint64_t at_once = kMostFibers / (static_cast<uint64_t>(block[0]) * block[1] * block[2]);
+  const uint64_t threads = std::min({uint64_t{request->num_os_threads}, blocks, at_once});
+  std::atomic<bool> stop{false};
+  const Interruption interruption(request->is_interruptible);
+  auto* grid = new Grid(*request, interruption.wanted() ? interruption.stop() : stop);
   helpers().run(*grid, static_cast<unsigned>(threads - 1));
+  if (grid->stop && !grid->failed) {
+    delete grid;
+    result->kind = "interrupted";
+    return nullptr;
+  }
 
   const char* library = library_of(reinterpret_cast<void*>(request->thread_main));
   const auto in_library = [&](const void* pc) {

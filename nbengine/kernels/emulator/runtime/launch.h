@@ -42,13 +42,15 @@ struct LaunchRequest {
   uint32_t num_os_threads;
   uint32_t listeners;      // of the enum
   unsigned traced_block[3];
+  uint32_t knows_memory;      // whether all that the kernel may touch is in `buffers`
+  uint32_t is_interruptible;  // by SIGINT, which Python hears on its main thread
 };
 
 // What ended a launch. `message` may hold {address} and {other}, which Python puts into words.
 struct Error {
   std::string kind{}, message{}, file{};
   int line = 0;
-  const void* pc = nullptr;  // where file is empty
+  const void* pc = nullptr;  // says more than file and line, where its own are known
   Index block{}, thread{};
   const char* address = nullptr;
   int variable = -1;  // of shared memory, where the address is in or near one, and how far from its start
@@ -76,18 +78,20 @@ struct Recorded {
 };
 
 struct Grid {
-  explicit Grid(const LaunchRequest& request) : request(request) {}
+  Grid(const LaunchRequest& request, std::atomic<bool>& stop) : request(request), stop(stop) {}
 
   // The first error is kept.
   void fail(Error given) {
     const std::lock_guard lock(mutex);
-    if (!failed.exchange(true)) error = std::move(given);
+    if (!failed) error = std::move(given);
+    failed = stop = true;
   }
 
   const LaunchRequest& request;
+  std::atomic<bool>& stop;  // asks all blocks to leave
   std::atomic<uint64_t> next_block{0};
-  std::atomic<bool> failed{false};
   std::mutex mutex;  // of what follows
+  bool failed = false;
   Error error;
   std::string printed;
   Counts counts{};

@@ -61,7 +61,7 @@ int Memory::nearest_shared(const char* address, int64_t* offset) const {
   for (size_t i = 0; i < shared_.size(); ++i) {
     const int64_t from = address - shared_[i].begin;
     const int64_t past = from - static_cast<int64_t>(shared_[i].bytes);
-    const int64_t distance = from < 0 ? -from : past < 0 ? 0 : past;
+    const int64_t distance = from < 0 ? -from : past < 0 ? 0 : past + 1;
     if (distance >= nearest) continue;
     nearest = distance;
     found = static_cast<int>(i);

@@ -31,7 +31,7 @@ class Trace : public Listener {
     ++epoch_;
   }
 
-  void warp_operation(Block& block, int warp, unsigned lanes) override {
+  void warp_operation(Block& block, int warp, unsigned lanes, bool) override {
     if (!on_) return;
     for (; lanes != 0; lanes &= lanes - 1) {
       record(meeting(block.lane_of(warp, __builtin_ctz(lanes)), kWarpOperation));
