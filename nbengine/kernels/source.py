@@ -8,6 +8,7 @@ with the line.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -410,6 +411,7 @@ def _kernels(file: str, original: str) -> Iterator[_Kernel]:
         )
 
 
+@functools.lru_cache(maxsize=64)
 def _meanings(source: Source) -> dict[str, str]:
     """What names stand for, by `using`, `typedef`, `constexpr` and `#define`. A name with two
     meanings is left out."""

@@ -8,8 +8,8 @@ raises `EmulationError`; without, a wild access is as wild as in C.
 Threads of a block are fibers (`runtime/`), so that barriers and warp operations mean what they mean
 on a GPU; blocks are spread over `torch.get_num_threads()` threads of the operating system. What is
 not modelled: time, caches, and the order of memory between blocks. A kernel that waits in a loop for
-another thread's write, with no barrier, waits until it is interrupted. Which lanes are converged is the hardware's
-choice: `__activemask()` names the calling lane alone.
+another thread's write, with no barrier, waits until it is interrupted. Which lanes are converged is
+the hardware's choice: `__activemask()` names the calling lane alone.
 """
 
 from __future__ import annotations
