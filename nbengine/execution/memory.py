@@ -148,7 +148,7 @@ def plan_memory(
         )
     positions = min(positions, measured.max_positions)
     available, weights, activations = measured.available, measured.weights, measured.activations
-    usable = _usable(device, available, settings.gpu_memory_utilization)
+    usable = _usable(device, available, settings)
     left = usable - weights - activations
     block_bytes = bytes_per_block(config, block_size, dtype)
     sizes = (
@@ -294,20 +294,22 @@ def free_memory(device: torch.device) -> int:
     return free_host_memory()
 
 
-def _usable(device: torch.device, free: int, fraction: float) -> int:
-    """How many of the free bytes may be used. Of a GPU `fraction` is this engine's share of all its
-    memory, whatever others use; raises `NotEnoughMemory` where that is not free."""
+def _usable(device: torch.device, free: int, settings: EngineConfig) -> int:
+    """How many of the free bytes may be used. Of a GPU `gpu_memory_utilization` is this engine's
+    share of all its memory, whatever others use. Raises `NotEnoughMemory` where that is not free,
+    unless it is said how many blocks there are to be, for which less may do."""
+    fraction = settings.gpu_memory_utilization
     if device.type != "cuda":
         return int(free * fraction)
     total = int(torch.cuda.mem_get_info(device)[1])
-    usable = int(total * fraction)
-    if usable > free:
+    share = int(total * fraction)
+    if share > free and settings.num_gpu_blocks_override is None:
         raise NotEnoughMemory(
-            f"gpu_memory_utilization={fraction:g} is {_shown(usable)} of the {_shown(total)} of "
-            f"{device}, and {_shown(free)} are free: lower it to {free * 100 // total / 100:g} or less, or "
-            "free what other programs, engines and tensors hold there"
+            f"gpu_memory_utilization={fraction:g} is {_shown(share)} of the {_shown(total)} of "
+            f"{device}, and {_shown(free)} are free: lower it to {free * 100 // total / 100:g} or "
+            "less, or free what other programs, engines and tensors hold there"
         )
-    return usable
+    return min(share, free)
 
 
 def free_host_memory(

@@ -163,3 +163,8 @@ class TestAShareOfAGpu:
         words = r"0.9 is 72.00 GiB of the 80.00 GiB of cuda:0, and 42.00 GiB are free: .* 0.52 or"
         with pytest.raises(NotEnoughMemory, match=words):
             self.plan()
+
+    def test_for_blocks_that_were_counted_what_is_free_will_do(self):
+        assert self.plan(num_gpu_blocks_override=1000).num_blocks == 1000
+        with pytest.raises(NotEnoughMemory, match="at most"):
+            self.plan(num_gpu_blocks_override=14_000)  # of 2 MiB, beside 15 GiB of weights
