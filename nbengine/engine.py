@@ -858,10 +858,14 @@ def _logprobs_of(seq: Sequence, output: StepOutput) -> dict[int, Logprob] | None
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, tensors and all."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    """Let go of what the frames of an error, and of those behind it, hold: tensors and all."""
+    waiting, seen = [error], set()
+    while waiting:
+        each = waiting.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            waiting += (each.__cause__, each.__context__)
 
 
 def _check_positive(name: str, value: object) -> None:

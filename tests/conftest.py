@@ -3,6 +3,7 @@ line on simulated lives at the end of a run."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,6 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Where there is nothing of Jupyter (a machine with a GPU, say), there is nothing of it to test.
+collect_ignore = (
+    [] if importlib.util.find_spec("IPython") else ["browser", "jupyter", "test_notebooks.py"]
+)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

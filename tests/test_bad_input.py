@@ -428,7 +428,10 @@ def test_missing_tokenizers(tiny_llama, tokenizer):
         ({"num_gpu_blocks_override": HUGE}, r"at most \d+"),
         ({"num_gpu_blocks_override": 8, "max_model_len": 129}, "needs 9 blocks.* to 128 or less"),
         ({"gpu_memory_utilization": 1e-9}, "usable.*try"),
-        ({"max_num_batched_tokens": HUGE}, "activations.*smaller max_num_batched_tokens"),
+        (
+            {"max_num_batched_tokens": HUGE, "gpu_memory_utilization": 0.05},
+            "activations.*smaller max_num_batched_tokens",
+        ),
     ],
 )
 def test_too_little_memory(tiny_llama, fields, words):

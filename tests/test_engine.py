@@ -490,6 +490,22 @@ class TestLife:
         assert weights() is None
         assert "planted" in str(kept.value)
 
+    def test_an_error_that_is_its_own_cause_does_not_hold_close_up(self, make):
+        engine = make()
+
+        def fail(record):
+            error = RuntimeError("a ring")
+            try:
+                raise error from error
+            except RuntimeError as raised:
+                engine.error = raised
+
+        engine.on_step(fail)
+        engine.add_request(PROMPTS[0], GREEDY)
+        engine.step()
+        assert engine.error.__cause__ is engine.error
+        engine.close()
+
     def test_what_a_failed_start_loaded_does_not_stay_with_the_error(self, tiny_llama, monkeypatch):
         loaded = []
 

@@ -20,7 +20,7 @@ from nbengine.config import EngineConfig
 from nbengine.core.plan import StepPlan
 from nbengine.execution.batch import Batch, BatchBuffer
 from nbengine.execution.kv_cache import KVCache
-from nbengine.kernels.capture import captured
+from nbengine.kernels.capture import capture_stream, captured
 from nbengine.models.decoder import Decoder
 
 _MIN_TABLE_WIDTH = 64
@@ -31,8 +31,7 @@ _log = logging.getLogger("nbengine")
 
 class DecodeGraphs:
     """Graphs of one decoder over one KV cache, by size. All share one pool of memory, because no
-    two run at once; they are warmed up and captured on one stream, for cuBLAS keeps a workspace for
-    each."""
+    two run at once."""
 
     def __init__(self, decoder: Decoder, kv_cache: KVCache, max_num_seqs: int, max_blocks: int):
         self.decoder, self.kv_cache = decoder, kv_cache
@@ -40,8 +39,9 @@ class DecodeGraphs:
         self._logits = torch.empty(
             max_num_seqs, decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
         )
-        self._stream = torch.cuda.Stream(decoder.device)
-        self._has_failed = False
+        self._stream = capture_stream(decoder.device)
+        self._failed_version = -1
+        """Of the kernels with which a capture failed."""
         self._start_over()
 
     @classmethod
@@ -56,7 +56,8 @@ class DecodeGraphs:
     def is_usable(self) -> bool:
         """Whether steps may be captured, with the ops as they are now."""
         assert self.decoder.kernel_layers is not None
-        return not self._has_failed and self.decoder.kernel_layers.kernels.is_capturable
+        kernels = self.decoder.kernel_layers.kernels
+        return kernels.is_capturable and kernels.version != self._failed_version
 
     def graph_size(self, num_seqs: int, num_blocks: int) -> tuple[int, int]:
         """Rows and table columns of the graph that serves so many sequences of up to so many
@@ -69,7 +70,7 @@ class DecodeGraphs:
 
     def reserve(self, buffer: BatchBuffer) -> None:
         """Capture the largest size, over rows that are all padding: the others find their memory in
-        the pool then. Raises `torch.OutOfMemoryError`."""
+        the pool then. Raises `torch.OutOfMemoryError` where such a step does not fit at all."""
         size = self.graph_size(self.max_num_seqs, self.max_blocks)
         nothing = Batch.from_plan(
             StepPlan(), self.kv_cache.block_size, buffer=buffer, padded_to=size
@@ -116,7 +117,7 @@ class DecodeGraphs:
             with captured(self._stream, self._pool) as graph:
                 self._compute(batch)
         except RuntimeError as error:  # torch's out-of-memory errors, too
-            self._has_failed = True
+            self._failed_version = self._version
             self._graphs.clear()
             _log.warning("decode steps go on without CUDA graphs: %s", error)
         else:

@@ -23,7 +23,7 @@ from nbengine.errors import InvalidField, NotEnoughMemory
 from nbengine.execution.batch import Batch, BatchBuffer
 from nbengine.execution.cuda_graphs import DecodeGraphs
 from nbengine.execution.kv_cache import KVCache, bytes_per_block
-from nbengine.kernels.capture import wait_for_device
+from nbengine.kernels.capture import give_back_memory, wait_for_device
 from nbengine.models.config import ModelConfig
 from nbengine.models.decoder import Decoder
 from nbengine.models.weights import HEAD_QUANTIZATION
@@ -260,7 +260,7 @@ def measure_activations(
     batch = Batch.from_plan(plan, block_size, logits_rows=rows, device=device)
 
     wait_for_device(device)
-    torch.cuda.empty_cache()
+    give_back_memory()
     torch.cuda.reset_peak_memory_stats(device)
     free_before = torch.cuda.mem_get_info(device)[0]
     reserved_before = torch.cuda.memory_reserved(device)
@@ -275,13 +275,13 @@ def measure_activations(
     if not uses_graphs:
         return in_torch + max(0, outside)
     del hidden, logits
-    torch.cuda.empty_cache()
+    give_back_memory()
     free_before = torch.cuda.mem_get_info(device)[0]
     buffer = BatchBuffer.for_settings(settings, max_model_len, device)
     graphs = DecodeGraphs.for_settings(decoder, kv_cache, settings, max_model_len)
     graphs.reserve(buffer)
     wait_for_device(device)
-    torch.cuda.empty_cache()  # of the graphs' memory nothing is free while they live
+    give_back_memory()  # of the graphs' own nothing is free while they live
     in_graphs = free_before - torch.cuda.mem_get_info(device)[0]
     return in_torch + max(0, outside) + max(0, in_graphs)
 
@@ -289,7 +289,7 @@ def measure_activations(
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # torch holds on to the memory of tensors that are gone
+        give_back_memory()
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_memory()
 

@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import gc
 import itertools
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,15 +37,13 @@ from nbengine.execution.memory import (
 )
 from nbengine.execution.sample_row import SampleRow
 from nbengine.execution.sampler import Sampler, beam_candidates, prompt_logprobs
+from nbengine.kernels.capture import give_back_memory
 from nbengine.kernels.op import Arguments
 from nbengine.kernels.table import Kernels
 from nbengine.models.decoder import Decoder
 from nbengine.models.kernel_layers import KernelLayers, choose_kernels
 from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype
 from nbengine.models.weights import build_decoder
-
-_on_gpus: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
-"""Those that are not closed."""
 
 _PROMPT_ROWS = 128
 """Prompt tokens scored at a time: the logits of a long prompt are larger than many a model."""
@@ -67,8 +64,6 @@ class ModelRunner:
         self.decoder, self.kv_cache, self.sampler = decoder, kv_cache, sampler
         self._buffer, self._graphs = buffer, graphs
         self._is_set_up = False
-        if decoder.device.type == "cuda":
-            _on_gpus.add(self)
 
     @classmethod
     def load(cls, path: Path, settings: EngineConfig) -> tuple[ModelRunner, MemoryBudget]:
@@ -248,16 +243,12 @@ class ModelRunner:
     def close(self) -> None:
         """Give the memory of weights, cache and graphs back; the runner is of no use after this."""
         is_cuda = self.decoder.device.type == "cuda"
-        _on_gpus.discard(self)
         self._graphs = self._buffer = None
         del self.decoder, self.kv_cache, self.sampler
         if is_cuda:
             gc.collect()  # graphs, layers and decoder refer to each other
             with contextlib.suppress(RuntimeError):  # of a device that is lost
-                if not _on_gpus:  # the graphs of another engine hold addresses of them
-                    torch._C._cuda_clearCublasWorkspaces()
-                torch.cuda.empty_cache()
-                torch._C._host_emptyCache()  # pinned host memory
+                give_back_memory()
 
     def _compute(self, prepared: Prepared, batch: Batch, output: StepOutput) -> None:
         wanted = prepared.wanted

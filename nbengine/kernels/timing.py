@@ -17,7 +17,7 @@ import torch
 
 from nbengine.errors import NbengineError
 from nbengine.kernels.arguments import cloned, nbytes
-from nbengine.kernels.capture import captured
+from nbengine.kernels.capture import captured, give_back_memory
 from nbengine.kernels.op import Arguments
 
 MAX_SETS = 4096
@@ -121,10 +121,11 @@ class Replay:
 
     def _capture(self, num_passes: int) -> None:
         self.num_calls = num_passes * len(self._sets)
-        with captured(self._stream) as self._graph:
+        with captured(self._stream) as graph:
             for _ in range(num_passes):
                 for arguments in self._sets:
                     self._call(**arguments)
+        self._graph = graph  # no earlier: the one before goes, which would end the capture
 
     def seconds(self) -> float:
         """Of one call. A replay that is not timed goes first: the timed one is queued behind it, so
@@ -160,4 +161,4 @@ def time_alternately(versions: Sequence[Timed]) -> list[Timing]:
 def collect() -> None:
     """Give the memory of dropped graphs and argument sets back to the device."""
     gc.collect()
-    torch.cuda.empty_cache()
+    give_back_memory()

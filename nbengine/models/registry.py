@@ -130,7 +130,8 @@ def load_model(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is a CUDA device where there is one, else the CPU. Raises `InvalidField`."""
+    """ "auto" is a CUDA device where there is one, else the CPU. A CUDA device has its index. Raises
+    `InvalidField`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = "must be auto, cpu, cuda or cuda:N"
@@ -146,6 +147,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InvalidField(
             "device", str(device), f"this machine has {torch.cuda.device_count()} CUDA devices"
         )
+    if resolved.type == "cuda" and resolved.index is None:
+        resolved = torch.device("cuda", torch.cuda.current_device())
     return resolved
 
 

@@ -50,7 +50,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         made.append(graph)
 
     monkeypatch.setattr(cuda_graphs, "captured", captured)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(cuda_graphs, "capture_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
@@ -153,3 +153,5 @@ def test_after_a_capture_that_fails_steps_go_on_without(
     torch.testing.assert_close(logits[:2], expected)
     assert not graphs.is_usable
     assert "another thread" in caplog.text
+    graphs.decoder.kernel_layers.kernels.version += 1  # type: ignore[union-attr]
+    assert graphs.is_usable  # another implementation may fare better

@@ -148,7 +148,7 @@ class TestAShareOfAGpu:
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (42 * GIB, 80 * GIB))
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(memory, "give_back_memory", lambda: None)
 
     def plan(self, **fields: object):
         settings = EngineConfig(model="any", **fields)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from nbengine.kernels.capture import captured, wait_for_device
+from nbengine.kernels.capture import captured, give_back_memory, wait_for_device
 from tests.gpu import needs_gpu
 
 
@@ -24,10 +24,12 @@ def test_another_threads_waits_for_the_device_do_not_end_a_capture() -> None:
     waiting.start()
     try:
         stream = torch.cuda.Stream(device)
+        graphs = []  # one that goes ends the next capture
         for _ in range(20):
             with captured(stream) as graph:
                 for _ in range(100):
                     x += 1
+            graphs.append(graph)
             graph.replay()
     finally:
         stop.set()
@@ -42,10 +44,12 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_next_capture_as_they_wer
     with pytest.raises(RuntimeError), captured(stream):
         x.sum().item()  # waits
     assert torch.cuda.current_stream() == before
+    give_back_memory()
     with captured(stream) as graph:
         x += 1
     graph.replay()
     assert x.tolist() == [1.0] * 10
+    assert torch.rand(3, device="cuda").isfinite().all()
 
 
 @needs_gpu

@@ -11,7 +11,7 @@ import torch
 from nbengine.errors import InvalidField, ModelNotFound, UnsupportedModel
 from nbengine.models import registry
 from nbengine.models.config import ModelConfig
-from nbengine.models.registry import load_model, resolve_dtype, resolve_model
+from nbengine.models.registry import load_model, resolve_device, resolve_dtype, resolve_model
 from tests.models.test_config import LLAMA
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -152,6 +152,15 @@ def test_unsupported_architectures_are_refused_with_those_supported(tmp_path):
         load_model(tmp_path)
     for name in ("Falcon", "Llama", "Mistral", "Qwen2", "Qwen3"):
         assert f"{name}ForCausalLM" in str(caught.value)
+
+
+def test_a_gpu_has_its_index(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for asked in ("auto", "cuda", torch.device("cuda"), "cuda:1"):
+        assert resolve_device(asked) == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
 
 
 def test_the_dtype_follows_device_and_quantization():
