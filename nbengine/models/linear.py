@@ -29,8 +29,8 @@ _MAX_KERNEL_ROWS = 16
 """Rows of a float32 x up to which the compiled kernel beats torch's, which is made for many."""
 
 SLICE_WEIGHTS = 1 << 23
-"""Quantised weights that are taken out of their codes at a time: 16 MiB in 16 bits, which a GPU's L2
-holds until the product has read them."""
+"""Weights that are put into codes, or taken out of them, at a time: 16 MiB in 16 bits, which a GPU's
+L2 holds until the product has read them."""
 
 
 class Linear(Protocol):
@@ -69,22 +69,39 @@ def make_linear(
         return DenseLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
     if quantization not in ("int8", "int4"):
         raise InvalidField("quantization", quantization, "must be None, 'int8' or 'int4'")
-    weight = weight.float()
-    if quantization == "int8":
-        scale = weight.abs().amax(dim=1).div_(127)  # [out]
-        codes = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
-        if for_kernels or not weight.is_cpu:
-            codes = pad(codes.to(torch.int8), (0, -codes.shape[1] % GROUP)).contiguous()
-            return QuantizedLinear(codes, scale, bias, weight.shape[1], dtype)
-        return Int8Linear(codes.to(torch.int8), scale, bias)
+    quantise: Callable[[Tensor], tuple[Tensor, ...]] = {"int8": _to_int8, "int4": _to_int4}[
+        quantization
+    ]
+    rows = max(1, SLICE_WEIGHTS // max(1, weight.shape[1]))  # what is computed in between is small
+    parts = [quantise(part.float()) for part in weight.split(rows)]
+    codes, scale, *minimum = [torch.cat(each) for each in zip(*parts, strict=True)]
+    in_features = weight.shape[1]
+    if minimum:
+        return _int4(codes, scale, minimum[0], bias, in_features, dtype, for_kernels)
+    if weight.is_cpu and not for_kernels:
+        return Int8Linear(codes, scale, bias)
+    codes = pad(codes, (0, -in_features % GROUP)).contiguous()
+    return QuantizedLinear(codes, scale, bias, in_features, dtype)
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes `[out, in]`, float32 scales `[out]`."""
+    scale = weight.abs().amax(dim=1).div_(127)
+    codes = (weight / scale.clamp(min=_TINY)[:, None]).round_()
+    return codes.to(torch.int8), scale
+
+
+def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 codes 0..15 `[out, groups, 32]`, float16 scales and minima `[out, groups]`."""
     groups = pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    low, high = groups.aminmax(dim=-1)  # [out, groups]
-    scale = (high - low).div_(15).half()
-    minimum = low.half()
-    step = scale.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    low, high = groups.aminmax(dim=-1)
+    scale, minimum = (high - low).div_(15).half(), low.half()
+    step = scale.float().clamp(min=_TINY)[..., None]
     codes = ((groups - minimum.float()[..., None]) / step).round_().clamp_(0, 15)
-    form = (codes.to(torch.uint8), scale, minimum, bias, weight.shape[1])
-    return _int4(*form, dtype, for_kernels)
+    return codes.to(torch.uint8), scale, minimum
 
 
 def make_linear_from_gguf(
