@@ -66,7 +66,7 @@ def write_generated() -> None:
     for folder in (generated, lessons):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for notebook in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         # One folder deeper than in the repository: links into docs/ become shorter.
         text = notebook.read_text().replace("](../docs/", "](../")
         (lessons / notebook.name).write_text(text)

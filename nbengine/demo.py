@@ -236,7 +236,7 @@ def tell(console: Console, frame: Frame) -> None:
 
 NEXT = (
     ("make lab", "the notebooks: step the engine by hand, watch its blocks, ask it why"),
-    ("README.md", "the same from Python, in five lines"),
+    ("README.md", "the same from Python, in a few lines"),
     ("make test", "everything that must hold, on this machine"),
 )
 

@@ -706,17 +706,24 @@ class Engine:
         return self._runner.kv_cache
 
     @property
-    def kernels(self) -> EngineKernels | None:
-        """The ops that run the model, to look at and to swap; None where torch's operations or the
-        CPU's compiled kernels run it.
+    def kernels(self) -> EngineKernels:
+        """The ops that run the model, to look at and to swap.
 
         Raises:
             EngineClosed
+            InvalidField: torch's operations, or the CPU's own compiled kernels, run it.
         """
         self._check_open()
         assert self._runner is not None
         table = self._runner.kernels
-        return None if table is None else EngineKernels(self, table)
+        if table is None:
+            raise InvalidField(
+                "kernels",
+                self.config.kernels,
+                "this engine has no ops to look at or to swap. Start it with kernels='cuda' on a GPU, "
+                "or kernels='emulated' to have the same run on this machine's CPU, slowly",
+            )
+        return EngineKernels(self, table)
 
     def _live_calls(self, op: str) -> list[Arguments]:
         assert self._runner is not None

@@ -37,7 +37,9 @@ def main() -> int:
     arguments.add_argument("names", nargs="*", help="files in notebooks/ (default: all)")
     arguments.add_argument("--all-outputs", action="store_true", help="keep none of the old ones")
     options = arguments.parse_args()
-    paths = [FOLDER / Path(name).name for name in options.names] or sorted(FOLDER.glob("*.ipynb"))
+    paths = [FOLDER / Path(name).name for name in options.names] or sorted(
+        FOLDER.glob("[0-9]*.ipynb")
+    )
     for path in paths:
         began = time.monotonic()
         saved = nbformat.read(path, as_version=4)

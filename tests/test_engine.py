@@ -596,6 +596,10 @@ class TestLookingIn:
         with pytest.raises(UnknownRequest, match="no unfinished sequence 'req-9' after step 0"):
             make().snapshot().sequence("req-9")
 
+    def test_an_engine_without_ops_says_how_to_have_them(self, make):
+        with pytest.raises(InvalidField, match="kernels='emulated'"):
+            make(kernels="torch").kernels.swap("rms_norm", "reference")
+
     def test_a_closed_engine_has_nothing_to_look_into(self, make):
         engine = make()
         engine.close()

@@ -292,7 +292,7 @@ class TestOnTheGpu:
             model=models["served-qwen3"], skip_tokenizer_init=True, num_gpu_blocks_override=64
         ) as engine:
             assert engine.model.device.type == "cuda"
-            assert engine.kernels is not None and engine.kernels.backend == "cuda"
+            assert engine.kernels.backend == "cuda"
 
     @pytest.mark.parametrize("family", SERVED)
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
