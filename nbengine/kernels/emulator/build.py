@@ -276,11 +276,8 @@ def runtime() -> Path:
         *(() if sys.platform == "darwin" else ("-Wl,-Bsymbolic",)),
     )
     name = f"runtime-{_key(*flags)}.so"
-    if sys.platform != "darwin":
-        flags = (
-            *flags,
-            f"-Wl,-soname,{name}",
-        )  # kernels ask for the one that is loaded, by its name
+    if sys.platform != "darwin":  # kernels ask for the one that is loaded, by its name
+        flags = (*flags, f"-Wl,-soname,{name}")
     return _made(name, lambda target: _run(*flags, *sources, "-o", str(target)))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nbengine.kernels.cases import normal, poison, sliced, title
 from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
 from nbengine.kernels.ops import dequantize
-from nbengine.kernels.ops.gemv import MAX_ROWS, multiprocessors, shape
+from nbengine.kernels.ops.gemv import EVERY_SHAPE, MAX_ROWS, multiprocessors, shape
 from nbengine.kernels.program import Program
 from nbengine.kernels.shapes import check_dense, check_rows
 
@@ -74,19 +74,7 @@ def cases() -> Iterator[Case]:
             ):
                 yield _case(dtype, bits, rows, size_out, size_in, rows % 2 == 1)
     for bits in (4, 8):
-        for rows, size_out in (
-            # Every shape of a block: on the emulated device, ...
-            (7, 90),
-            (12, 74),
-            (9, 120),
-            (2, 120),
-            # ... and on one of 132 multiprocessors.
-            (2, 4600),
-            (12, 4600),
-            (7, 6140),
-            (2, 8190),
-            (12, 8190),
-        ):
+        for rows, size_out, _ in EVERY_SHAPE:
             yield _case(torch.bfloat16, bits, rows, size_out, 200 if size_out < 128 else 8, False)
 
 
@@ -124,7 +112,7 @@ def tolerance(arguments: Arguments) -> Tolerance:
 
 def cost(arguments: Arguments) -> Cost:
     x, codes = arguments["x"], arguments["codes"]
-    moved = sum(t.numel() * t.element_size() for t in arguments.values() if t is not None)
+    moved = sum(tensor.nbytes for tensor in arguments.values() if tensor is not None)
     return Cost(moved, 2 * len(x) * len(codes) * x.shape[1])
 
 
