@@ -38,12 +38,13 @@ sys.path.insert(0, str(ROOT))  # the checkout is measured, installed or not
 
 Record = dict[str, Any]
 TIMEOUT_S = 300
-COUNTED = re.compile(r"\d+ (passed|failed|error)")
+COUNTED = re.compile(r"\d+ (passed|failed|error).* in \d")
 POISONED = 3
 """Exit status of a worker in which a kernel failed: nothing more can be trusted in its process, and
 another one goes on."""
-SANITIZED_CASES = 2
-"""Of each op's grid: a launch is a hundred times slower there."""
+SANITIZED_TESTS = "tests/test_engine_kernels.py", "-k", "TestWhateverTheScheduleDoes"
+"""Of the engine, whose graphs, copies and swaps no op's grid has."""
+SHOWN_FAILURES = 20
 ALONE = "gpu_alone"
 TESTS = (
     ("gpu and not gpu_alone",),
@@ -141,11 +142,10 @@ def sanitized_op(name: str) -> Iterator[Record]:
 
     device = torch.device("cuda", 0)
     own, cases = implement(OPS[name], None, device), list(OPS[name].cases())
-    few = cases[:: max(1, len(cases) // SANITIZED_CASES)][:SANITIZED_CASES]
-    for case in few:
+    for case in cases:
         own.call(**case.make(torch.Generator(device).manual_seed(0)))
         torch.cuda.synchronize()
-    yield {"op": name, "cases": [case.name for case in few]}
+    yield {"op": name, "num_cases": len(cases)}
 
 
 def bench_op(name: str) -> Iterator[Record]:
@@ -187,8 +187,9 @@ def measure_roofline(name: str) -> Iterator[Record]:
 
 
 def time_launches(name: str) -> Iterator[Record]:
-    """Microseconds of Python for one launch: a kernel with four parameters, and each op's smallest
-    call. The quietest of ten hundreds, none of which waits for the device."""
+    """Microseconds of the host for one launch: a kernel with four parameters, how much of that is
+    the driver's call alone, and each op's smallest call. The quietest of ten hundreds, none of
+    which waits for the device."""
     import torch
 
     from nbengine.kernels import load
@@ -211,6 +212,17 @@ def time_launches(name: str) -> Iterator[Record]:
     source = "__global__ void touch(float* x, float* y, float a, int n) {}\n"
     launch = load(source, "touch", device=device)[4, 256]
     result = {"kernel[grid, block](...)": microseconds(lambda: launch(x, x, 1.0, 1024))}
+    last_call: tuple[Any, ...] = ()
+
+    def keep(*call: Any) -> tuple[int]:
+        nonlocal last_call
+        last_call = call
+        return (0,)
+
+    kernel: Any = launch.kernel
+    driver_launch, kernel._driver_launch = kernel._driver_launch, keep
+    launch(x, x, 1.0, 1024)
+    result["of which the driver's call"] = microseconds(lambda: driver_launch(*last_call))
     for op in OPS.values():
         own, case = implement(op, None, device), next(iter(op.cases()))
         arguments = case.make(torch.Generator(device).manual_seed(0))
@@ -276,12 +288,13 @@ def _text(output: str | bytes | None) -> str:
     return output.decode() if isinstance(output, bytes) else output or ""
 
 
-def run_tests(which: str, *paths: str) -> Record:
-    """The tests with these marks: those that want the device to themselves one by one, others in
-    parallel."""
+def run_tests(which: str, *paths: str, prefix: tuple[str, ...] = ()) -> Record:
+    """The tests with these marks: those that want the device to themselves, or that another
+    program runs, one by one, others in parallel."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", which, "-rfE", "--tb=short", *paths]
-    command += ["-n0"] if which == ALONE else ["-n", "logical", "--maxprocesses", "10"]
+    command = [*prefix, sys.executable, "-m", "pytest", "-m", which, "-rfE", "--tb=short", *paths]
+    is_alone = which == ALONE or prefix
+    command += ["-n0"] if is_alone else ["-n", "logical", "--maxprocesses", "10"]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
         status, log = run.returncode, run.stdout + run.stderr
@@ -289,7 +302,7 @@ def run_tests(which: str, *paths: str) -> Record:
         status, log = -1, _text(expired.stdout) + f"\nnot finished within {TIMEOUT_S} s"
     lines = log.strip().splitlines()
     return {
-        "command": "python " + shlex.join(command[1:]),
+        "command": shlex.join(command).replace(sys.executable, "python"),
         "passed": status == 0,
         "summary": next((line for line in reversed(lines) if COUNTED.search(line)), "no tests ran"),
         "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
@@ -298,26 +311,43 @@ def run_tests(which: str, *paths: str) -> Record:
     }
 
 
-def run_sanitizer(tool: str, names: list[str]) -> Record:
-    """`tool` of compute-sanitizer over two cases of each op's grid, allocations not pooled (in a
-    pool an access beyond a tensor's end would hit its neighbour)."""
+def run_sanitizer(tool: str, names: list[str], jobs: int) -> Record:
+    """`tool` of compute-sanitizer over each op's grid, allocations not pooled (in a pool an access
+    beyond a tensor's end would hit its neighbour), and over an engine's tests."""
     path = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
     if path is None:
         error = {
             "op": "all",
             "error": "compute-sanitizer is not installed: it is in CUDA's toolkit",
         }
-        return {"tool": tool, "passed": False, "cases": {}, "errors": [error], "seconds": 0}
+        return {
+            "tool": tool,
+            "passed": False,
+            "num_cases": {},
+            "engine": "not run",
+            "errors": [error],
+            "seconds": 0,
+        }
     prefix: tuple[str, ...] = (path, "--tool", tool, "--error-exitcode", "86")
     if tool == "memcheck":  # the bindings ask the driver for functions that it may not have
         prefix += ("--report-api-errors", "no")
     start = time.perf_counter()
-    records = run_worker("sanitize", names, prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    def of_op(name: str) -> list[Record]:
+        return run_worker("sanitize", [name], prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        of_engine = pool.submit(run_tests, "gpu", *SANITIZED_TESTS, prefix=prefix)
+        records = [record for found in pool.map(of_op, names) for record in found]
+    engine = of_engine.result()
     errors = [record for record in records if "error" in record]
+    if not engine["passed"]:
+        errors.append({"op": "an engine", "error": engine["log"]})
     return {
         "tool": tool,
         "passed": not errors,
-        "cases": {r["op"]: r["cases"] for r in records if "cases" in r},
+        "num_cases": {r["op"]: r["num_cases"] for r in records if "num_cases" in r},
+        "engine": engine["summary"],
         "errors": errors,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -423,7 +453,7 @@ def report(result: Record) -> str:
     )
     if "us" in result.get("launch", {}):
         launches = ", ".join(f"{name} {us}" for name, us in result["launch"]["us"].items())
-        parts.append(f"Python's part of a launch, µs: {launches}")
+        parts.append(f"The host's part of a launch, µs: {launches}")
     for part in ("verify", "bench"):
         parts += [
             f"WRONG: {part} {record['op']}: {record['error'][-1500:]}"
@@ -433,13 +463,13 @@ def report(result: Record) -> str:
     for run in result.get("sanitizer", ()):
         parts.append(
             f"{run['tool']}: {'passed' if run['passed'] else 'ERRORS'}, "
-            f"{sum(map(len, run['cases'].values()))} cases of {len(run['cases'])} ops, "
-            f"{run['seconds']} s"
+            f"{sum(run['num_cases'].values())} cases of {len(run['num_cases'])} ops; an engine: "
+            f"{run['engine']}; {run['seconds']} s"
         )
         parts += [f"WRONG: {run['tool']} {e['op']}: {e['error'][-1500:]}" for e in run["errors"]]
     if "tests" in result:
         for tests in result["tests"]:
-            parts += [f"tests: {tests['summary']}", *tests["failures"]]
+            parts += [f"tests: {tests['summary']}", *tests["failures"][:SHOWN_FAILURES]]
     if result.get("bars"):
         parts.append(
             table_text(
@@ -531,9 +561,9 @@ def main() -> int:
     if "sanitizer" in parts:
         path.write_text(json.dumps(result, indent=2) + "\n")  # what follows takes long
         print(report(result), flush=True)
-        with ThreadPoolExecutor(2) as pool:
-            runs = [pool.submit(run_sanitizer, tool, names) for tool in ("memcheck", "racecheck")]
-            result["sanitizer"] = [run.result() for run in runs]
+        result["sanitizer"] = [
+            run_sanitizer(tool, names, given.jobs) for tool in ("memcheck", "racecheck")
+        ]
     print(report(result))
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nkept in {path}")

@@ -111,7 +111,8 @@ def test_a_report_shows_figures_errors_and_bars(gpu_check):
             {
                 "tool": "memcheck",
                 "passed": True,
-                "cases": {"rope": ["a"]},
+                "num_cases": {"rope": 7},
+                "engine": "5 passed",
                 "errors": [],
                 "seconds": 9,
             }
@@ -121,7 +122,7 @@ def test_a_report_shows_figures_errors_and_bars(gpu_check):
     text = gpu_check.report(result)
     assert "reading 4,000 GB/s (torch.sum)" in text and "bfloat16-1" in text
     assert "WRONG: verify gemv: Mismatch: out[3] is 1" in text
-    assert "memcheck: passed, 1 cases of 1 ops" in text
+    assert "memcheck: passed, 7 cases of 1 ops; an engine: 5 passed; 9 s" in text
     assert text.count("NOT MET") == 5 and "missing" in text
     assert not gpu_check.is_right(result)
     result["verify"].pop(), result["bench"].pop()
@@ -150,8 +151,8 @@ def run(gpu_check, found, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "run_worker", lambda task, names: found[task])
     passed = {"summary": "1 passed", "failures": [], "passed": True}
     monkeypatch.setattr(gpu_check, "run_tests", lambda *which: passed | {"which": which})
-    ended = {"passed": True, "cases": {}, "errors": [], "seconds": 1}
-    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda tool, names: ended | {"tool": tool})
+    ended = {"passed": True, "num_cases": {}, "engine": "", "errors": [], "seconds": 1}
+    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda tool, *_: ended | {"tool": tool})
     monkeypatch.setattr(gpu_check, "machine", lambda: MACHINE)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
 
