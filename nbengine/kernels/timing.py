@@ -17,7 +17,7 @@ import torch
 
 from nbengine.errors import NbengineError
 from nbengine.kernels.arguments import cloned, nbytes
-from nbengine.kernels.capture import captured, give_back_memory
+from nbengine.kernels.capture import capture_stream, captured, give_back_memory
 from nbengine.kernels.op import Arguments
 
 MAX_SETS = 4096
@@ -107,7 +107,7 @@ class Replay:
         """Warm up on a side stream (kernels are compiled and loaded there), then capture as many
         passes over the sets as take `REPLAY_S`."""
         self._call, self._sets, self._device = call, sets, device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = capture_stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(self._stream):
             for arguments in [*sets[:3], sets[0]]:
