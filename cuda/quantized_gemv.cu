@@ -7,13 +7,14 @@
 //
 // What counts is the weight: N * K / 2 or N * K bytes of codes, read once, and with 4-bit codes a
 // quarter as many of scales. Each code becomes an element of T (what `dequantize` gives, so that a
-// product of more rows by the library has the same weights), which takes the ordinary lanes four or
-// five instructions; the products are the tensor cores'.
+// product of more rows by the library has the same weights), which takes the ordinary lanes four
+// instructions: at 4 bits nearly as long as reading them. The products are the tensor cores'.
 //
-// The division of labour is gemv's: a block takes kTiles * 8 rows of the weight, a tile's 8 rows are
-// the columns of an mma, the rows of x its 16 rows, and the warps take turns at steps of 64 bytes of
-// each row. A lane loads 16 bytes of codes at a time, neighbours in a row and with 4 bits one group;
-// the order of k within a product is free, so it multiplies what it loads.
+// A block takes kTiles * 16 rows of the weight, and its warps take turns at steps of 64 bytes of each
+// row. A tile's 16 rows are the rows of an mma, and eight rows of x its columns. A lane loads 16 bytes
+// of codes at a time, neighbours in a row and with 4 bits one group; the order of k within a product
+// is free, so it multiplies what it loads, and x as it lies in memory. Tensor cores and lanes are so
+// nearly busy that loads ahead of their use gained nothing: what hides their latency is many warps.
 //
 // A sum's order depends on N and K alone, so a row's result is the same in every batch. Rows of x or
 // weight past the end repeat the last one and are dropped.
@@ -31,37 +32,37 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   constexpr int kBits = nb::Codes<Byte>::kBits;
   constexpr int kOfLane = 128 / kBits;  // codes in 16 bytes
   constexpr int kStep = 4 * kOfLane;
-  constexpr int kRows = 8 * kTiles;
+  constexpr int kRows = 16 * kTiles;
   constexpr int kWords = kBits / 4;  // of eight codes
-  // Padded so that the pairs that a half warp writes at once lie in different banks.
-  __shared__ float partials[kWarps][kTilesOfX * 8][kRows + 8];
+  // Padded so that the rows of x that a warp writes at once lie in different banks.
+  __shared__ float partials[kWarps][kTilesOfX * 8][kRows + 4];
 
   const int warp = threadIdx.x / nb::kWarpSize, lane = threadIdx.x % nb::kWarpSize;
-  const int g = lane / 4, t = lane % 4;  // the row of a tile, and of x; the place in a step
+  const int g = lane / 4, t = lane % 4;  // the row of half a tile, and of x; the place in a step
   const int first_row = blockIdx.x * kRows;
 
-  int rows[kTiles];
-  const Byte* row_codes[kTiles];
+  int rows[2 * kTiles];
+  const Byte* row_codes[2 * kTiles];
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    rows[tile] = min(first_row + tile * 8 + g, size_out - 1);
-    row_codes[tile] = codes + rows[tile] * nb::row_bytes<Byte>(size_in);
+  for (int half = 0; half < 2 * kTiles; ++half) {
+    rows[half] = min(first_row + half * 8 + g, size_out - 1);
+    row_codes[half] = codes + rows[half] * nb::row_bytes<Byte>(size_in);
   }
   const T* rows_of_x[kTilesOfX];
 #pragma unroll
   for (int i = 0; i < kTilesOfX; ++i) rows_of_x[i] = x + min(i * 8 + g, num_rows - 1) * x_stride;
 
-  float sums[kTiles][4] = {};
+  float sums[kTiles][kTilesOfX][4] = {};
 #pragma unroll 1
   for (int start = warp * kStep; start < size_in; start += kWarps * kStep) {
     const int k = start + t * kOfLane;
-    nb::Words packs[kTiles] = {};
-    nb::Affine affine[kTiles] = {};
+    nb::Words packs[2 * kTiles] = {};
+    nb::Affine affine[2 * kTiles] = {};
     if (k < size_in) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        packs[tile] = nb::load_words_once(row_codes[tile] + k * kBits / 8);
-        affine[tile] = nb::Codes<Byte>::affine(scales, rows[tile], k, size_in);
+      for (int half = 0; half < 2 * kTiles; ++half) {
+        packs[half] = nb::load_words_once(row_codes[half] + k * kBits / 8);
+        affine[half] = nb::Codes<Byte>::affine(scales, rows[half], k, size_in);
       }
     }
 #pragma unroll
@@ -75,23 +76,27 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        nb::uint32 words[kWords];
+        nb::uint32 a[2][4];  // of the first four of the eight, and of the others
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) words[i] = packs[tile].items[eight * kWords + i];
-        float weights[8];
-        nb::dequantize<Byte>(weights, words, affine[tile]);
+        for (int half = 0; half < 2; ++half) {
+          nb::uint32 words[kWords];
+#pragma unroll
+          for (int i = 0; i < kWords; ++i) words[i] = packs[2 * tile + half].items[eight * kWords + i];
+          float weights[8];
+          nb::dequantize<Byte>(weights, words, affine[2 * tile + half]);
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair) {
+            a[pair / 2][pair % 2 * 2 + half] =
+                nb::pair_from_floats<T>(weights[2 * pair], weights[2 * pair + 1]);
+          }
+        }
 #pragma unroll
         for (int four = 0; four < 2; ++four) {
-          nb::uint32 a[4] = {};
 #pragma unroll
           for (int i = 0; i < kTilesOfX; ++i) {
-            a[i] = values[i].items[2 * four];
-            a[i + 2] = values[i].items[2 * four + 1];
+            const nb::uint32 b[2] = {values[i].items[2 * four], values[i].items[2 * four + 1]};
+            nb::mma_m16n8k16<T>(sums[tile][i], a[four], b);
           }
-          const nb::uint32 b[2] = {
-              nb::pair_from_floats<T>(weights[4 * four], weights[4 * four + 1]),
-              nb::pair_from_floats<T>(weights[4 * four + 2], weights[4 * four + 3])};
-          nb::mma_m16n8k16<T>(sums[tile], a, b);
         }
       }
     }
@@ -101,8 +106,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < kTilesOfX; ++i) {
-      const nb::Pack<float, 2> pair{{sums[tile][2 * i], sums[tile][2 * i + 1]}};
-      nb::store_pack(&partials[warp][i * 8 + g][tile * 8 + 2 * t], pair);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        partials[warp][i * 8 + 2 * t + j % 2][tile * 16 + j / 2 * 8 + g] = sums[tile][i][j];
+      }
     }
   }
   __syncthreads();

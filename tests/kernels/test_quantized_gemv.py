@@ -52,6 +52,26 @@ def test_every_code_becomes_its_weight(program_for: Callable[[Op], Program]) -> 
     assert out[0].tolist() == 2 * [code / 2 - 3 for code in range(16)]
 
 
+def test_a_scale_and_a_minimum_of_very_different_sizes(
+    program_for: Callable[[Op], Program],
+) -> None:
+    """The weight is exact in float, unless the minimum is nearly nothing: see nb/quantized.cuh."""
+    program = program_for(dequantize.OP)
+    pairs = [(1.001, 0.0), (0.1, -0.8), (0.0517, 3e-4), (-3e-6, 0.4), (0.0, -7.0), (0.7, -6e4)]
+    nearly_nothing = [(2.001, 1e-7), (6e4, -3.3)]
+    scales = torch.tensor([pairs + nearly_nothing]).half().to(program.device)
+    codes = torch.arange(16).repeat(len(scales[0])).to(torch.uint8).to(program.device)
+    codes = (codes * 17)[None]  # each code twice
+    out = torch.full((1, 32 * len(scales[0])), torch.nan, device=program.device)
+    dequantize.launch(program, out=out, codes=codes, scales=scales)
+    scale, minimum = (x.double()[0, :, None] for x in scales.unbind(-1))
+    weights = out.view(-1, 16, 2)[..., 0].double()
+    exact = scale * torch.arange(16, device=program.device) + minimum
+    assert torch.equal(weights[: len(pairs)], exact[: len(pairs)].float().double())
+    error = (weights - exact).abs() / scale.abs().clamp(min=1e-30)
+    assert error[len(pairs) :].max() <= 2**-20
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("size_out", "size_in"), [(21, 648), (74, 328), (4600, 72)])
 def test_a_row_is_the_same_in_every_batch(

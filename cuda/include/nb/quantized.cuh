@@ -5,7 +5,10 @@
 // 8 bits: codes [N, K] signed bytes; scales [N] floats: weight = scale * code
 //
 // A weight is computed in float and rounded once. A code becomes a float without a conversion, of
-// which a multiprocessor has few: as the last bits of 2^23, from which 2^23 is taken off again.
+// which a multiprocessor has few, by taking the place of some bits of a power of two:
+// - 4 bits as the first of 16's fraction are 16 + code. The minimum is moved by 16 scales to suit:
+//   exactly, unless it is less than 1/512 of the scale, and then by 2^-20 of the scale at most.
+// - 8 bits as the last of 2^23's are 2^23 + 128 + code, from which 2^23 + 128 is taken off.
 
 #pragma once
 
@@ -15,14 +18,25 @@ namespace nb {
 
 constexpr int kQuantizedGroup = 32;
 
-// What turns the codes of a group into weights.
+// What turns the numbers that `Codes::number` gives for a group into weights.
 struct Affine {
-  float scale, minimum;
+  float scale, offset;
 
-  __device__ __forceinline__ float operator()(float code) const {
-    return fmaf(scale, code, minimum);
+  __device__ __forceinline__ float operator()(float number) const {
+    return fmaf(scale, number, offset);
   }
 };
+
+// (bits & mask) | others, which the compiler would take two instructions for.
+__device__ __forceinline__ uint32 masked_or(uint32 bits, uint32 mask, uint32 others) {
+#ifdef NB_EMULATOR
+  return (bits & mask) | others;
+#else
+  uint32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;\n" : "=r"(result) : "r"(bits), "r"(mask), "r"(others));
+  return result;
+#endif
+}
 
 // By the type of a byte of codes.
 template <typename Byte>
@@ -36,10 +50,14 @@ struct Codes<unsigned char> {
                                                   int size_in) {
     const int groups = (size_in + kQuantizedGroup - 1) / kQuantizedGroup;
     const auto pair = load_pack<__half, 2>(scales + (row * groups + k / kQuantizedGroup) * 2);
-    return {to_float(pair.items[0]), to_float(pair.items[1])};
+    const float scale = to_float(pair.items[0]);
+    return {scale, fmaf(-16.0f, scale, to_float(pair.items[1]))};
   }
-  static __device__ __forceinline__ float code(uint32 word, int i) {
-    return __uint_as_float(0x4B000000u | (word >> (4 * i) & 15)) - 8388608.0f;
+  // 16 + code i.
+  static __device__ __forceinline__ float number(uint32 word, int i) {
+    const int left = 19 - 4 * i;
+    return __uint_as_float(
+        masked_or(left > 0 ? word << left : word >> -left, 0x00780000u, 0x41800000u));
   }
 };
 
@@ -50,7 +68,8 @@ struct Codes<signed char> {
   static __device__ __forceinline__ Affine affine(const float* scales, int64 row, int, int) {
     return {scales[row], 0.0f};
   }
-  static __device__ __forceinline__ float code(uint32 word, int i) {
+  // Code i.
+  static __device__ __forceinline__ float number(uint32 word, int i) {
     const uint32 from_zero = word ^ 0x80808080u;  // code + 128
     return __uint_as_float(__byte_perm(from_zero, 0x4B000000u, 0x7440 | i)) - 8388736.0f;
   }
@@ -71,7 +90,7 @@ __device__ __forceinline__ void dequantize(float (&weights)[8],
   constexpr int kInWord = Codes<Byte>::kInWord;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    weights[i] = affine(Codes<Byte>::code(words[i / kInWord], i % kInWord));
+    weights[i] = affine(Codes<Byte>::number(words[i / kInWord], i % kInWord));
   }
 }
 

@@ -110,14 +110,6 @@ def reference(
     out.copy_(total)
 
 
-EVERY_SHAPE = (
-    *((7, 90, 72), (12, 74, 136), (9, 120, 200), (2, 120, 8)),
-    *((2, 4600, 8), (12, 4600, 8), (7, 6140, 8), (2, 8190, 8), (12, 8190, 8)),
-)
-"""M, N and K that together take every shape of a block: on the emulated device, and on one of 132
-multiprocessors."""
-
-
 def cases() -> Iterator[Case]:
     for dtype in FLOATS:
         for rows, size_out, size_in in (
@@ -128,7 +120,10 @@ def cases() -> Iterator[Case]:
             (16, 2, 264),
         ):
             yield _case(dtype, rows, size_out, size_in, rows % 2 == 1, rows > 3)
-    for rows, size_out, size_in in EVERY_SHAPE:
+    for rows, size_out, size_in in (
+        *((7, 90, 72), (12, 74, 136), (9, 120, 200), (2, 120, 8)),  # every shape of a block
+        *((2, 4600, 8), (12, 4600, 8), (7, 6140, 8), (2, 8190, 8), (12, 8190, 8)),  # of 132 SMs
+    ):
         yield _case(torch.bfloat16, rows, size_out, size_in, False, True)
     for rows, size_out, size_in in ((1, 300, 132), (5, 300, 36), (2, 16900, 8)):  # eight to a warp
         yield _case(torch.float32, rows, size_out, size_in, True, False)
