@@ -24,6 +24,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -231,8 +232,31 @@ def time_launches(name: str) -> Iterator[Record]:
     yield {"op": name, "us": result}
 
 
+def time_compilation(name: str) -> Iterator[Record]:
+    """Milliseconds to compile the decode kernel, and to take it from the disk's cache."""
+    import torch
+
+    from nbengine.kernels import compiler
+    from nbengine.kernels.source import Source, instantiation
+
+    expression = instantiation("paged_attention_decode", (torch.bfloat16, 128, 1, 4, 3))
+    architecture = compiler.architecture_for(torch.cuda.get_device_capability())
+    never_seen = f"-DAT={time.time_ns()}"
+
+    def milliseconds() -> float:
+        start = time.perf_counter()
+        source = Source.of_op("paged_attention_decode.cu")
+        compiler.compile(source, expression, architecture, [never_seen])
+        return round((time.perf_counter() - start) * 1e3, 2)
+
+    first = milliseconds()
+    hits = [milliseconds() for _ in range(21)]
+    yield {"op": name, "compiled_ms": first, "from_cache_ms": statistics.median(hits)}
+
+
 TASKS = {
     "verify": verify_op,
+    "compile": time_compilation,
     "sanitize": sanitized_op,
     "bench": bench_op,
     "roofline": measure_roofline,
@@ -454,6 +478,11 @@ def report(result: Record) -> str:
     if "us" in result.get("launch", {}):
         launches = ", ".join(f"{name} {us}" for name, us in result["launch"]["us"].items())
         parts.append(f"The host's part of a launch, µs: {launches}")
+    if "compiled_ms" in result.get("compile", {}):
+        parts.append(
+            "The decode kernel, compiled: {compiled_ms:,.0f} ms; from the disk's cache: "
+            "{from_cache_ms} ms".format(**result["compile"])
+        )
     for part in ("verify", "bench"):
         parts += [
             f"WRONG: {part} {record['op']}: {record['error'][-1500:]}"
@@ -550,6 +579,7 @@ def main() -> int:
     if "bench" in parts:
         result["roofline"] = run_worker("roofline", ["roofline"])[-1]
         result["launch"] = run_worker("launch", ["launch"])[-1]
+        result["compile"] = run_worker("compile", ["compile"])[-1]
         result["bench"] = run_worker("bench", names)
         timed = [record for record in result["bench"] if "error" not in record]
         result["bars"] = judged(timed, tuple(bar for bar in BARS if bar.op in names))

@@ -139,6 +139,7 @@ def found():
         "verify": [],
         "bench": [good],
         "launch": [{"op": "launch", "us": {"rms_norm": 5.5}}],
+        "compile": [{"op": "compile", "compiled_ms": 900.0, "from_cache_ms": 1.5}],
     }
 
 
@@ -174,6 +175,7 @@ def test_a_run_keeps_its_result_and_its_exit_status_says_what_is_missed(
     assert [bar["met"] for bar in result["bars"]] == [True]
     printed = capsys.readouterr().out
     assert "met" in printed and "µs: rms_norm 5.5" in printed
+    assert "compiled: 900 ms; from the disk's cache: 1.5 ms" in printed
 
     good["tflops"] = 299.0
     assert run("--only", "paged_attention_prefill") == 2
@@ -192,10 +194,10 @@ def test_a_run_of_some_parts_leaves_the_file_of_a_whole_one_alone(run, tmp_path)
     run("--only", "rope", "gemv", "--skip-verify")
     assert {path.stem.removeprefix("gpu_check_nvidia_h200"): list(json.loads(path.read_text()))[4:]
             for path in tmp_path.iterdir()} == {
-        "": ["verify", "tests", "roofline", "launch", "bench", "bars", "sanitizer"],
+        "": ["verify", "tests", "roofline", "launch", "compile", "bench", "bars", "sanitizer"],
         "_sanitizer": ["sanitizer"],
         "_tests_verify": ["verify", "tests"],
-        "_bench_rope_gemv": ["roofline", "launch", "bench", "bars"],
+        "_bench_rope_gemv": ["roofline", "launch", "compile", "bench", "bars"],
     }  # fmt: skip
 
 
