@@ -67,7 +67,8 @@ def executed(saved: NotebookNode) -> NotebookNode:
         store_widget_state=False,
         extra_arguments=["--log-level=ERROR"],
     )
-    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    client.execute(env={**os.environ, "PYTHONPATH": path})
     return notebook
 
 
