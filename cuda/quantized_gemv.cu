@@ -13,8 +13,8 @@
 // A block takes kTiles * 16 rows of the weight, and its warps take turns at steps of 64 bytes of each
 // row. A tile's 16 rows are the rows of an mma, and eight rows of x its columns. A lane loads 16 bytes
 // of codes at a time, neighbours in a row and with 4 bits one group; the order of k within a product
-// is free, so it multiplies what it loads, and x as it lies in memory. Tensor cores and lanes are so
-// nearly busy that loads ahead of their use gained nothing: what hides their latency is many warps.
+// is free, so it multiplies what it loads, and x as it lies in memory. Many warps hide the latency of
+// loads: to load a step ahead gained nothing, since with 4 bits the lanes' instructions are the limit.
 //
 // A sum's order depends on N and K alone, so a row's result is the same in every batch. Rows of x or
 // weight past the end repeat the last one and are dropped.

@@ -3,6 +3,7 @@ everything that a scheduler does to a sequence. On a GPU, and emulated on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from nbengine import LLM, Engine, SamplingParams
+from nbengine.execution import cuda_graphs
 from nbengine.kernels import CompileError
+from nbengine.kernels.capture import captured
 from nbengine.kernels.lab import Mismatch
 from nbengine.kernels.ops import OPS
 from tests.gpu import needs_gpu, needs_gpu_alone
@@ -303,15 +306,20 @@ class TestOnTheGpu:
                 found.append(run(engine))
         assert found[0] == found[1]
 
-    def test_more_rows_than_matrix_vector_kernels_take_are_captured_too(self, models, monkeypatch):
-        replays = []
+    @pytest.fixture
+    def replays(self, monkeypatch) -> list[torch.cuda.CUDAGraph]:
+        """The graphs that were replayed, in order."""
+        made = []
         replay = torch.cuda.CUDAGraph.replay
 
         def counted(graph: torch.cuda.CUDAGraph) -> None:
-            replays.append(graph)
+            made.append(graph)
             replay(graph)
 
         monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+        return made
+
+    def test_more_rows_than_matrix_vector_kernels_take_are_captured_too(self, models, replays):
         prompts = [random_tokens(4 + n % 20, seed=n) for n in range(40)]
         settings = {"num_gpu_blocks_override": 256, "max_num_seqs": 48}
         found = []
@@ -320,6 +328,23 @@ class TestOnTheGpu:
                 found.append(run(e, prompts))
                 assert bool(replays) is not enforce_eager
         assert found[0] == found[1]
+
+    def test_a_capture_that_a_wait_ends_costs_no_token_and_the_next_holds(
+        self, models, expected, replays, monkeypatch, caplog
+    ):
+        waits = iter([torch.cuda.synchronize])
+
+        @contextlib.contextmanager
+        def once_ended(stream, pool):
+            with captured(stream, pool) as graph:
+                yield graph
+                next(waits, lambda: None)()
+
+        with make(models["served-llama"], "cuda") as engine:
+            monkeypatch.setattr(cuda_graphs, "captured", once_ended)
+            assert run(engine) == expected["served-llama"]
+        assert "(1 of 3 tries)" in caplog.text and "(2 of 3 tries)" not in caplog.text
+        assert replays
 
     def test_python_in_an_ops_place_runs_without_graphs(self, models):
         with make(models["served-llama"], "cuda", enable_prefix_caching=False) as engine:

@@ -5,8 +5,8 @@ graph they cost the CPU one call. A graph is captured when a step first needs it
 and block-table widths are rounded up to a few, `graph_size`), reads its input from the runner's
 `BatchBuffer`, which never moves, and writes its logits where all graphs write theirs.
 
-Where capturing fails, or an op runs Python that nobody knows to be capturable, steps are launched
-one kernel at a time: slower, and the same.
+Where capturing fails again and again, or an op runs Python that nobody knows to be capturable,
+steps are launched one kernel at a time: slower, and the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from nbengine.models.decoder import Decoder
 
 _MIN_TABLE_WIDTH = 64
 """Columns of the narrowest block table; each next one has four times as many."""
+_MAX_FAILURES = 3
+"""Captures that may fail before no more are tried with the same kernels: a wait for the device in
+somebody else's thread (`torch.cuda.synchronize()` in a cell) ends the one that it meets."""
 
 _log = logging.getLogger("nbengine")
 
@@ -40,8 +43,8 @@ class DecodeGraphs:
             max_num_seqs, decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
         )
         self._stream = capture_stream(decoder.device)
-        self._failed_version = -1
-        """Of the kernels with which a capture failed."""
+        self._num_failures = 0
+        """Of captures with this version of the kernels."""
         self._start_over()
 
     @classmethod
@@ -57,7 +60,8 @@ class DecodeGraphs:
         """Whether steps may be captured, with the ops as they are now."""
         assert self.decoder.kernel_layers is not None
         kernels = self.decoder.kernel_layers.kernels
-        return kernels.is_capturable and kernels.version != self._failed_version
+        is_new = kernels.version != self._version
+        return kernels.is_capturable and (is_new or self._num_failures < _MAX_FAILURES)
 
     def graph_size(self, num_seqs: int, num_blocks: int) -> tuple[int, int]:
         """Rows and table columns of the graph that serves so many sequences of up to so many
@@ -83,6 +87,7 @@ class DecodeGraphs:
         overwrites them."""
         if self._version != self._kernels_version:  # an op was swapped: graphs hold the old one
             self._start_over()
+            self._num_failures = 0
         rows, columns = batch.block_tables.shape
         graph = self._graphs.get((rows, columns))
         if graph is not None:
@@ -117,8 +122,13 @@ class DecodeGraphs:
             with captured(self._stream, self._pool) as graph:
                 self._compute(batch)
         except RuntimeError as error:  # torch's out-of-memory errors, too
-            self._failed_version = self._version
-            self._graphs.clear()
-            _log.warning("decode steps go on without CUDA graphs: %s", error)
+            self._start_over()
+            self._num_failures += 1
+            _log.warning(
+                "a CUDA graph of decode steps could not be captured (%d of %d tries): %s",
+                self._num_failures,
+                _MAX_FAILURES,
+                error,
+            )
         else:
             self._graphs[size] = graph

@@ -136,8 +136,11 @@ def test_a_swapped_op_drops_the_graphs_and_python_is_not_captured(
     assert not graphs.is_usable  # torch's references are Python
 
 
-def test_after_a_capture_that_fails_steps_go_on_without(
-    graphs: DecodeGraphs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_capture_that_fails_costs_no_step_and_after_a_few_no_more_are_tried(
+    graphs: DecodeGraphs,
+    captures: list[Graph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(type(graphs.decoder.kernel_layers.kernels), "is_capturable", True)  # type: ignore[union-attr]
     assert graphs.is_usable
@@ -148,10 +151,16 @@ def test_after_a_capture_that_fails_steps_go_on_without(
         yield Graph()
         raise RuntimeError("the capture was ended by another thread")
 
-    monkeypatch.setattr(cuda_graphs, "captured", lost)
-    logits = graphs.logits(decodes(graphs, 3))
-    torch.testing.assert_close(logits[:2], expected)
+    for num_failures, num_seqs in ((1, 3), (2, 5), (3, 9)):  # of three sizes
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_graphs, "captured", lost)
+            assert graphs.is_usable
+            torch.testing.assert_close(graphs.logits(decodes(graphs, num_seqs))[:2], expected)
+        assert f"({num_failures} of 3 tries): the capture was ended" in caplog.text
+        if num_failures < 3:  # the next one holds
+            graphs.logits(decodes(graphs, num_seqs))
+            graphs.logits(decodes(graphs, num_seqs))
+            assert captures[-1].num_replays == 1
     assert not graphs.is_usable
-    assert "another thread" in caplog.text
     graphs.decoder.kernel_layers.kernels.version += 1  # type: ignore[union-attr]
     assert graphs.is_usable  # another implementation may fare better
