@@ -97,12 +97,17 @@ def test_the_speeds_in_the_readme_are_those_that_were_measured() -> None:
         assert shown == [speed["median"] for speed in speeds.values()]
 
 
-def test_the_figures_of_attention_in_the_readme_are_those_that_were_measured() -> None:
-    path = ROOT / "benchmarks" / "results" / "gpu_check_nvidia_h200.json"
-    measured = [bar["figure"] for bar in json.loads(path.read_text())["bars"]]
-    cells = re.findall(
-        r"^\| (?:decode|prefill), .*\| +([\d.]+)", (ROOT / "README.md").read_text(), re.M
-    )
+def test_the_figures_of_kernels_in_the_readme_are_those_that_were_measured() -> None:
+    path = ROOT / "benchmarks" / "results" / "gpu_check_nvidia_h100_80gb_hbm3.json"
+    result, readme = json.loads(path.read_text()), (ROOT / "README.md").read_text()
+    products = {row["case"]: row["of_read_bandwidth"] for row in result["bench"]}
+    cases = (f"bfloat16-{bits}1x37888x3584" for bits in ("", "8bit-", "4bit-"))
+    (sentence,) = re.findall(r"^The product of a token's 3,584 values .*?\n\n", readme, re.M | re.S)
+    shown = [float(figure) for figure in re.findall(r"\d\.\d+", sentence)]
+    assert shown == [round(products[case], 2) for case in cases]
+
+    measured = [bar["figure"] for bar in result["bars"]]
+    cells = re.findall(r"^\| (?:decode|prefill), .*\| +([\d.]+)", readme, re.M)
     assert [float(cell) for cell in cells] == [
         *(round(f, 2) for f in measured[:-1]),
         round(measured[-1]),
