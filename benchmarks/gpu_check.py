@@ -317,7 +317,7 @@ def run_tests(which: str, *paths: str, prefix: tuple[str, ...] = ()) -> Record:
     program runs, one by one, others in parallel."""
     start = time.perf_counter()
     command = [*prefix, sys.executable, "-m", "pytest", "-m", which, "-rfE", "--tb=short", *paths]
-    is_alone = which == ALONE or prefix
+    is_alone = which == ALONE or bool(prefix)
     command += ["-n0"] if is_alone else ["-n", "logical", "--maxprocesses", "10"]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)

@@ -118,6 +118,15 @@ class EngineConfig:
 
         return fields_html("EngineConfig", self)
 
+    @property
+    def most_sequences(self) -> int:
+        """That one step can take: each needs a token of its budget."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """KV blocks of a sequence of so many tokens."""
+        return -(-num_tokens // self.block_size)
+
     def resolve(self, max_model_len: int, num_blocks: int) -> EngineConfig:
         """This config with the two numbers that the model and the memory decide.
 

@@ -33,10 +33,9 @@ class BatchBuffer:
         cls, settings: EngineConfig, max_model_len: int, device: torch.device
     ) -> BatchBuffer:
         """One that holds any batch of an engine."""
-        num_tokens = settings.max_num_batched_tokens
-        num_seqs = min(settings.max_num_seqs, num_tokens)
-        max_blocks = -(-max_model_len // settings.block_size)
-        return cls(4 * num_tokens + num_seqs * (max_blocks + 2) + 1, device)
+        of_tokens = 4 * settings.max_num_batched_tokens
+        of_sequences = settings.most_sequences * (settings.blocks_of(max_model_len) + 2)
+        return cls(of_tokens + of_sequences + 1, device)
 
     def host(self, num_elements: int) -> np.ndarray:
         """The first elements of the host's part, zeroed, once the last upload has read them."""

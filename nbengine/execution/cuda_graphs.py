@@ -51,9 +51,8 @@ class DecodeGraphs:
     def for_settings(
         cls, decoder: Decoder, kv_cache: KVCache, settings: EngineConfig, max_model_len: int
     ) -> DecodeGraphs:
-        max_blocks = -(-max_model_len // settings.block_size)
-        rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
-        return cls(decoder, kv_cache, rows, max_blocks)
+        """For any decode step of an engine."""
+        return cls(decoder, kv_cache, settings.most_sequences, settings.blocks_of(max_model_len))
 
     @property
     def is_usable(self) -> bool:

@@ -143,7 +143,7 @@ def plan_memory(
         measured = Measured(
             free_memory(device),
             weight_bytes(config, dtype, settings.quantization, max_model_len or positions),
-            activation_bytes(config, dtype, settings.max_num_batched_tokens, settings.max_num_seqs),
+            activation_bytes(config, dtype, settings),
             positions,
         )
     positions = min(positions, measured.max_positions)
@@ -157,7 +157,7 @@ def plan_memory(
         f"gpu_memory_utilization={settings.gpu_memory_utilization:g})"
     )
     fitting = max(0, left) // block_bytes
-    per_sequence = -(-(max_model_len or positions) // block_size)
+    per_sequence = settings.blocks_of(max_model_len or positions)
 
     if num_gpu_blocks_override is not None:
         if num_gpu_blocks_override > fitting:
@@ -225,16 +225,14 @@ def weight_bytes(
     return int(total)
 
 
-def activation_bytes(
-    config: ModelConfig, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int
-) -> int:
+def activation_bytes(config: ModelConfig, dtype: torch.dtype, settings: EngineConfig) -> int:
     """The largest tensors alive at once in a step: in the widest layer, and at the logits."""
     qkv = config.q_size + 2 * config.kv_size
     mlp = 3 * config.intermediate_size  # gate, up, and their product
     per_token = (4 * config.hidden_size + max(mlp, 2 * qkv + config.q_size)) * dtype.itemsize
     per_token += 2 * config.hidden_size * 4  # norms are computed in float32
-    logits_rows = min(max_num_seqs, max_num_batched_tokens)
-    return max_num_batched_tokens * per_token + 3 * logits_rows * config.vocab_size * 4
+    logits_rows = settings.most_sequences
+    return settings.max_num_batched_tokens * per_token + 3 * logits_rows * config.vocab_size * 4
 
 
 def measure_activations(
@@ -249,13 +247,13 @@ def measure_activations(
     plan, num_blocks = StepPlan(), 0
     for start in range(0, num_tokens, max_model_len):
         n = min(max_model_len, num_tokens - start)
-        needed = -(-n // block_size)
+        needed = settings.blocks_of(n)
         request = Request("profile", (0,) * n, SamplingParams(max_tokens=1))
         sequence = Sequence("profile", request, 0, [0] * n)
         sequence.block_table = list(range(num_blocks, num_blocks + needed))
         num_blocks += needed
         plan.scheduled.append((sequence, n))
-    rows = list(range(min(settings.max_num_seqs, num_tokens)))
+    rows = list(range(settings.most_sequences))
     kv_cache = KVCache.allocate(decoder.config, num_blocks, block_size, decoder.dtype, device)
     batch = Batch.from_plan(plan, block_size, logits_rows=rows, device=device)
 

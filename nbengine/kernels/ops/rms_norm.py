@@ -79,9 +79,7 @@ def _case(dtype: torch.dtype, tokens: int, inner: tuple[int, ...], with_residual
             "out": poison(generator, dtype, tokens, *inner),
             "x": sliced(x, 0, 2) if len(inner) == 2 else x,
             "weight": torch.rand(inner, generator=generator, device=generator.device) + 0.5,
-            "eps": 0.25
-            if with_residual
-            else 1e-5,  # large enough to be missed, and as models have it
+            "eps": 0.25 if with_residual else 1e-5,  # large enough to be missed; as models have it
             "residual": normal(generator, dtype, tokens, *inner) if with_residual else None,
         }
 
