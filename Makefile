@@ -40,7 +40,7 @@ docs:  ## the documentation's site, into build/docs
 
 simulate:  ## run the scheduler through SEEDS=2000 random lives with faults
 	$(SET_UP)
-	@$(RUN) -m nbengine.core.simulate --seeds $(SEEDS)
+	@$(RUN) -m nbengine.core.lives --seeds $(SEEDS)
 
 lint:  ## ruff (lint and format) and mypy
 	$(SET_UP) --extras notebook,test

@@ -304,7 +304,7 @@ def times_to_first_token(records: Sequence[StepRecord]) -> dict[str, float]:
     waited: dict[str, float] = {}
     first: dict[str, float] = {}
     for record in records:
-        waited |= dict.fromkeys(record.added, 0.0)
+        waited |= {request.request_id: 0.0 for request in record.added}
         for name in waited:
             waited[name] += record.phases.total
         for name in record.sampled:

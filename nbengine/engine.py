@@ -37,7 +37,8 @@ from nbengine.core.sampling_params import (
     validate_prompt_token_ids,
 )
 from nbengine.core.scheduler import Scheduler
-from nbengine.core.snapshot import Snapshot, take_snapshot
+from nbengine.core.snapshot import Snapshot
+from nbengine.core.state import State
 from nbengine.core.why import Explanation, explain
 from nbengine.engine_kernels import EngineKernels
 from nbengine.engine_thread import EngineThread
@@ -680,7 +681,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """Queues and blocks as they stand between two steps."""
-        return self._call(lambda: take_snapshot(self.scheduler, self._text_of))
+        return self._call(lambda: State.of(self.scheduler).snapshot(self._text_of))
 
     @property
     def model(self) -> Decoder:

@@ -63,6 +63,10 @@ class UnknownRequest(NbengineError, KeyError):
         return str(self.args[0])
 
 
+class UnknownStep(NbengineError, LookupError):
+    """A step that has not been taken, or that the history no longer (or never) holds."""
+
+
 class CacheBusy(NbengineError, RuntimeError):
     """The prefix cache can't be reset while sequences hold blocks."""
 

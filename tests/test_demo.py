@@ -14,7 +14,8 @@ from rich.console import Console
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
 from nbengine.core.scheduler import Scheduler, SchedulerConfig
-from nbengine.core.snapshot import Snapshot, take_snapshot
+from nbengine.core.snapshot import Snapshot
+from nbengine.core.state import State
 from nbengine.demo import ENGINE, PLAN, Frame, play, summary, tell, times_to_first_token, watch
 from nbengine.terminal_view import block_map, colours_of, decisions, picture, wrapped
 from tests.core.conftest import FakeExecutor
@@ -75,7 +76,7 @@ class ModellessEngine:
         return " ".join(f"word{token}" for token in sequence.output_token_ids)
 
     def snapshot(self) -> Snapshot:
-        return take_snapshot(self.scheduler, self.text)
+        return State.of(self.scheduler).snapshot(self.text)
 
     def output(self, request_id: str) -> Any:
         sequence = self.sequences[request_id]
@@ -124,7 +125,7 @@ def test_time_to_first_token_counts_the_steps_from_arrival_to_first_token(
     records = frames[-1].records
     times = times_to_first_token(records)
     for name, seconds in times.items():
-        arrived = next(r.step for r in records if name in r.added)
+        arrived = next(r.step for r in records if name in [q.request_id for q in r.added])
         sampled = next(r.step for r in records if name in r.sampled)
         assert seconds == pytest.approx((sampled - arrived + 1) * SECONDS_A_STEP)
     assert len(times) == len(PLAN)

@@ -56,6 +56,10 @@ class BlockPool:
     def num_held(self) -> int:
         return self.num_blocks - self.num_available
 
+    def free_blocks(self) -> tuple[int, ...]:
+        """Blocks that hold nothing of use; the last is handed out next."""
+        return tuple(self._free)
+
     def cached_blocks(self) -> tuple[int, ...]:
         """Blocks nobody holds that keep a prefix, next to be evicted first."""
         return tuple(self._cached)

@@ -1,4 +1,8 @@
-"""The engine's past: the latest step records, bounded in number and in bytes."""
+"""The engine's past: step records, and now and then a keyframe from which any state of the queues
+and blocks can be rebuilt. Bounded in number and in bytes; the oldest are dropped first.
+
+One thread appends; any thread may read meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,82 @@ from collections import deque
 from collections.abc import Iterator
 
 from nbengine.core.records import StepRecord
-from nbengine.errors import UnknownRequest
+from nbengine.core.state import Keyframe, State
+from nbengine.errors import UnknownStep
+
+MOST_STEPS_BETWEEN = 512
+"""Records between two keyframes: a state is rebuilt by applying at most so many."""
+FEWEST_STEPS_BETWEEN = 64
 
 
 class History:
-    """Records by step number, oldest dropped first. Iterates oldest to newest."""
+    """Records by step number. Iterates oldest to newest."""
 
     def __init__(self, max_records: int = 10_000, max_bytes: int = 64 << 20) -> None:
         self.max_records, self.max_bytes = max_records, max_bytes
         self.nbytes = 0
         self._records: deque[StepRecord] = deque()
+        self._keyframes: deque[Keyframe] = deque()
+        self._nbytes_since = 0  # of the records since the last keyframe
 
     def append(self, record: StepRecord) -> None:
         self._records.append(record)
         self.nbytes += record.nbytes
+        self._nbytes_since += record.nbytes
         while len(self._records) > self.max_records or (
             self.nbytes > self.max_bytes and len(self._records) > 1
         ):
             self.nbytes -= self._records.popleft().nbytes
+            while self._keyframes and self._keyframes[0].step < self._records[0].step - 1:
+                self.nbytes -= self._keyframes.popleft().nbytes
+
+    @property
+    def wants_keyframe(self) -> bool:
+        """Whether it is time for one: they take no more memory than the records between them, so
+        that a large cache does not crowd out the steps."""
+        if not self._keyframes:
+            return True
+        last = self._keyframes[-1]
+        num_steps = (self._records[-1].step if self._records else 0) - last.step
+        return num_steps >= MOST_STEPS_BETWEEN or (
+            num_steps >= FEWEST_STEPS_BETWEEN and self._nbytes_since >= last.nbytes
+        )
+
+    def keep(self, keyframe: Keyframe) -> None:
+        """The state after the latest record (or after none)."""
+        self._keyframes.append(keyframe)
+        self.nbytes += keyframe.nbytes
+        self._nbytes_since = 0
+
+    def state_at(self, step: int) -> State:
+        """The state after step `step`, made anew; 0 is before the first.
+
+        Raises:
+            UnknownStep: the step has not been taken, or what it takes to rebuild it was dropped.
+        """
+        keyframes, records = tuple(self._keyframes), self._records
+        known = keyframes[0].step if keyframes else None
+        last = records[-1].step if records else known
+        if known is None or last is None or not known <= step <= last:
+            kept = "none yet" if known is None else f"those after steps {known} to {last}"
+            raise UnknownStep(f"no state after step {step}: the history can rebuild {kept}")
+        keyframe = next(k for k in reversed(keyframes) if k.step <= step)
+        state = keyframe.state()
+        for n in range(keyframe.step + 1, step + 1):
+            state.apply(self[n])
+        return state
+
+    def cut(self, step: int) -> tuple[StepRecord, ...]:
+        """Drop what came after step `step`; returns the records that did, oldest first."""
+        dropped: deque[StepRecord] = deque()
+        while self._records and self._records[-1].step > step:
+            dropped.appendleft(self._records.pop())
+        while self._keyframes and self._keyframes[-1].step > step:
+            self._keyframes.pop()
+        since = self._keyframes[-1].step if self._keyframes else 0
+        self._nbytes_since = sum(r.nbytes for r in self._records if r.step > since)
+        self.nbytes = sum(r.nbytes for r in self._records) + sum(k.nbytes for k in self._keyframes)
+        return tuple(dropped)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -38,14 +100,14 @@ class History:
         """The record of step `step` (the engine's first is 1); negative counts from the newest.
 
         Raises:
-            UnknownRequest: the step has not been taken, or its record was dropped.
+            UnknownStep: the step has not been taken, or its record was dropped.
         """
         records = self._records
         first = records[0].step if records else 1
         index = step - first if step > 0 else len(records) + step
         if not 0 <= index < len(records):
             kept = f"steps {records[0].step} to {records[-1].step}" if records else "no step yet"
-            raise UnknownRequest(f"no record of step {step}: the history holds {kept}")
+            raise UnknownStep(f"no record of step {step}: the history holds {kept}")
         return records[index]
 
     def __repr__(self) -> str:

@@ -43,6 +43,17 @@ class BlockContent:
             a, b = a.parent, b.parent
         return True
 
+    def __eq__(self, other: object) -> bool:
+        """By what it stands for, trusting the digest for the parents."""
+        if not isinstance(other, BlockContent):
+            return NotImplemented
+        return (self.digest, self.token_ids, self.salt) == (
+            other.digest, other.token_ids, other.salt,
+        )  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     def __deepcopy__(self, memo: object) -> BlockContent:
         return self
 

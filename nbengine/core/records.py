@@ -3,7 +3,7 @@
 The scheduler's moves write into a `StepJournal` while they happen, those between two steps too
 (adding, aborting); `StepJournal.seal` freezes it at the end of a step. Records hold ids and
 numbers only, so that they are small, comparable, and enough to rebuild every queue and block table
-from the ones before.
+from the ones before (`State.apply`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nbengine.core.prefix_cache import PrefixLookup
-from nbengine.core.request import Sequence
+from nbengine.core.prefix_cache import BlockContent, PrefixLookup
+from nbengine.core.request import Hypothesis, Request, Sequence
 
 
 class Cause(enum.StrEnum):
@@ -90,10 +90,17 @@ class Preemption(NamedTuple):
     seq_id: str
     in_favour_of: str
     mode: str
-    """`recompute` or `swap`; `error` when a failed step was taken back."""
+    """`recompute` or `swap`; `error` when a failed step was taken back; `rewind` when the engine
+    went back to the step before."""
     num_lost_tokens: int
     """Tokens whose keys and values must be computed again: 0 with swap."""
     num_blocks: int
+    """Blocks that it held, and lost in this step."""
+
+
+PREFIX_CACHE = ""
+"""In the place of a sequence's id: cached blocks that the prefix cache, when it was reset, gave
+back."""
 
 
 class BlockMove(NamedTuple):
@@ -124,7 +131,7 @@ class CachedPrefix(NamedTuple):
 
     seq_id: str
     block: int
-    digest: bytes
+    content: BlockContent
 
 
 class Fork(NamedTuple):
@@ -167,17 +174,25 @@ class StepRecord:
     error: str | None
     """What went wrong, for a step that was taken back."""
 
+    policy: str
+    """The name of the policy's class."""
     token_budget: int
     scheduled: dict[str, int]
     """Sequence id to tokens computed."""
     sampled: dict[str, int]
     """Sequence id to the token it got. A beam's tokens change with its ancestry: see `forked`."""
+    candidates: dict[str, tuple[tuple[int, float], ...]]
+    """Beams only: sequence id to (token id, logprob) of its continuations, best first."""
+    hypotheses: tuple[tuple[str, Hypothesis], ...]
+    """Beams only: request id and a beam that ended."""
     waits: tuple[Wait, ...]
     """Running sequences that got less than they wanted, then the head of the waiting queue. All
     behind the head wait behind it."""
 
-    added: tuple[str, ...]
+    added: tuple[Request, ...]
     """Requests added since the step before."""
+    ranked: dict[str, Any]
+    """Sequence id to the rank that the policy gave it, where that is new."""
     admitted: tuple[Admission, ...]
     preempted: tuple[Preemption, ...]
     forked: tuple[Fork, ...]
@@ -215,13 +230,16 @@ class StepRecord:
         """Roughly what the record takes in memory: for the bound on the history."""
         entries = len(self.scheduled) + len(self.sampled)
         events = (
-            len(self.waits) + len(self.added) + len(self.admitted) + len(self.preempted)
-            + len(self.forked) + len(self.finished) + len(self.allocated) + len(self.shared)
+            len(self.waits) + len(self.ranked) + len(self.admitted) + len(self.preempted)
+            + len(self.candidates) + len(self.hypotheses) + len(self.forked) + len(self.finished) + len(self.allocated) + len(self.shared)
             + len(self.copied) + len(self.swapped_out) + len(self.swapped_in) + len(self.cached)
             + len(self.evicted) + len(self.released)
         )  # fmt: skip
         blocks = sum(len(m.blocks) for m in (*self.allocated, *self.shared, *self.released))
-        return 800 + 100 * entries + 160 * events + 8 * blocks
+        prompts = sum(40 * request.num_prompt_tokens for request in self.added)
+        beams = sum(100 * len(candidates) for candidates in self.candidates.values())
+        prefixes = sum(40 * len(c.content.token_ids) for c in self.cached)
+        return 800 + 100 * entries + 160 * events + 8 * blocks + prompts + beams + prefixes
 
     def __str__(self) -> str:
         parts = [f"step {self.step}: {self.num_tokens}/{self.token_budget} tokens"]
@@ -253,8 +271,11 @@ class StepJournal:
 
     scheduled: dict[str, int] = field(default_factory=dict)
     sampled: dict[str, int] = field(default_factory=dict)
+    candidates: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    hypotheses: list[tuple[str, Hypothesis]] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)
+    added: list[Request] = field(default_factory=list)
+    ranked: dict[str, Any] = field(default_factory=dict)
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[Preemption] = field(default_factory=list)
     forked: list[Fork] = field(default_factory=list)

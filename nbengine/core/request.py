@@ -9,6 +9,7 @@ next token.
 
 from __future__ import annotations
 
+import copy
 import enum
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,36 @@ class Sequence:
         """Nothing to compute: a beam that waits for its siblings."""
         return self.candidates is not None
 
+    def fork(self, index: int) -> Sequence:
+        """Another sample with the same past, which holds nothing yet."""
+        child = Sequence(
+            f"{self.request.request_id}#{index}",
+            self.request,
+            index,
+            list(self.tokens),
+            num_cached_tokens=self.num_cached_tokens,
+            contents=list(self.contents),
+            cumulative_logprob=self.cumulative_logprob,
+        )
+        child.order = (self.order[0], self.order[1], index)
+        return child
+
+    def end(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """It has finished, and holds nothing any more."""
+        self.status = Status.FINISHED
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        self.candidates = None
+        self.host_blocks = []
+
+    def clone(self, tokens: list[int]) -> Sequence:
+        """A copy with these tokens, which shares nothing that may change."""
+        twin = copy.copy(self)
+        twin.tokens = tokens
+        twin.block_table = list(self.block_table)
+        twin.host_blocks = list(self.host_blocks)
+        twin.contents = []
+        return twin
+
     def __repr__(self) -> str:
         return (
             f"Sequence({self.seq_id}, {self.status}, {len(self.tokens)} tokens, "
@@ -167,12 +198,28 @@ class LiveRequest:
     """Beams only: the finished ones, best first once the request has ended."""
 
     num_indices: int = 1
-    """Sample indices given out so far."""
+    """Beams only: sample indices given out so far."""
 
     def next_index(self) -> int:
         """A sample index that no sequence of the request has had."""
         self.num_indices += 1
         return self.num_indices - 1
+
+    @classmethod
+    def of(cls, request: Request) -> LiveRequest:
+        """A request that has just arrived: one sequence, which splits once its prompt is computed."""
+        first = Sequence(
+            request.request_id,
+            request,
+            0,
+            list(request.prompt_token_ids),
+            pending_forks=request.num_sequences - 1,
+        )
+        return cls(request, [first])
+
+    def with_sequences(self, sequences: list[Sequence]) -> LiveRequest:
+        """The same request with other sequences."""
+        return LiveRequest(self.request, sequences, list(self.hypotheses), self.num_indices)
 
     @property
     def is_finished(self) -> bool:

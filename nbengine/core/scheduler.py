@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from nbengine.core import beam
 from nbengine.core.block_pool import BlockPool, Refused
@@ -27,6 +28,7 @@ from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy, make_policy
 from nbengine.core.prefix_cache import MissCause, PrefixLookup
 from nbengine.core.records import (
+    PREFIX_CACHE,
     Admission,
     BlockCopy,
     BlockMove,
@@ -43,6 +45,7 @@ from nbengine.core.records import (
 )
 from nbengine.core.request import LiveRequest, Request, Sequence, Status
 from nbengine.core.sampling_params import BeamSearchParams
+from nbengine.core.state import State
 from nbengine.errors import InvalidRequest, RequestTooLarge, UnknownRequest
 
 _BY_ORDER = attrgetter("order")
@@ -116,19 +119,16 @@ class Scheduler:
                 f"request id {request.request_id!r} is in use: choose another, or none"
             )
         self.check_fits(request)
-        seq = Sequence(
-            request.request_id,
-            request,
-            0,
-            list(request.prompt_token_ids),
-            pending_forks=request.num_sequences - 1,
-        )
-        seq.order = (self.policy.rank(seq), request.arrival, seq.index)
+        live = LiveRequest.of(request)
+        (seq,) = live.sequences
+        rank = self.policy.rank(seq)
+        seq.order = (rank, request.arrival, seq.index)
         if self.running:
             _ = seq.order < self.running[0].order  # raises now, if ever
         insort(self.waiting, seq, key=_BY_ORDER)  # last of all that may raise
-        live = self.live[request.request_id] = LiveRequest(request, [seq])
-        self._journal.added.append(request.request_id)
+        self.live[request.request_id] = live
+        self._journal.added.append(request)
+        self._journal.ranked[seq.seq_id] = rank
         return live
 
     def check_fits(self, request: Request) -> None:
@@ -193,8 +193,7 @@ class Scheduler:
         if not seq.is_finished:
             self._leave_queue(seq)
             self._release_blocks(seq)
-            seq.status = Status.FINISHED
-            seq.candidates = None
+            seq.end(reason)
             if self.live[seq.request.request_id].is_finished:
                 del self.live[seq.request.request_id]
         seq.finish_reason, seq.stop_reason = reason, stop_reason
@@ -208,10 +207,37 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached prefix; see `BlockPool.reset_prefix_cache`."""
-        freed = list(self.pool.cached_blocks())
+        freed = self.pool.cached_blocks()
         count = self.pool.reset_prefix_cache()
         self._journal.evicted += freed
+        self._journal.released.append(BlockMove(PREFIX_CACHE, freed))
         return count
+
+    def rewind(self, state: State) -> None:
+        """Go back to an earlier state of this scheduler, which takes it over. Every sequence is cut
+        back to the tokens that it had, and whoever held blocks waits, preempted, to be computed
+        again: no block is as it was then. What the prefix cache knows stays true, and stays.
+
+        Raises:
+            Exception: whatever a user's policy raises; nothing has changed then.
+        """
+        unfinished = [seq for seq in state.sequences.values() if not seq.is_finished]
+        orders = _orders(self.policy, unfinished)
+        for seq in (*self.running, *self.waiting):
+            self._release_blocks(seq)
+        self._journal = StepJournal()
+        for seq, order in orders.items():
+            if seq.status is Status.RUNNING:
+                self._journal.preempted.append(
+                    Preemption(seq.seq_id, seq.seq_id, "rewind", seq.num_computed_tokens, 0)
+                )
+                seq.status = Status.PREEMPTED
+            seq.order, seq.num_computed_tokens = order, 0
+            seq.block_table, seq.host_blocks = [], []
+        self.live = state.live
+        self.running, self.waiting = [], list(orders)
+        self.num_seats_taken = 0
+        self.step_count = state.step
 
     # ------------------------------------------------------------------ a step
 
@@ -429,18 +455,19 @@ class Scheduler:
         if not n:
             return 0, None
         pool.share(hits)  # first, so that none of them is evicted for the rest
+        seq.block_table = hits
+        if hits:
+            journal.shared.append(BlockMove(seq.seq_id, tuple(hits)))
         try:
             blocks = pool.allocate(self._num_blocks(computed + n) - len(hits))
         except BaseException:
-            pool.release(hits)
+            self._release_device_blocks(seq)
             raise
         if isinstance(blocks, Refused):
-            pool.release(hits)
+            self._release_device_blocks(seq)
             return 0, blocks
         seq.block_table = hits + blocks
         seq.num_computed_tokens = computed
-        if hits:
-            journal.shared.append(BlockMove(seq.seq_id, tuple(hits)))
         if blocks:
             journal.allocated.append(BlockMove(seq.seq_id, tuple(blocks)))
         if seq.host_blocks:
@@ -508,6 +535,7 @@ class Scheduler:
                 continue
             if candidates and seq_id in candidates:
                 seq.candidates = candidates[seq_id]
+                self._journal.candidates[seq_id] = tuple(seq.candidates)
                 beams[seq.request.request_id] = self.live[seq.request.request_id]
                 continue
             tokens = samples.get(seq_id, [])
@@ -542,7 +570,7 @@ class Scheduler:
         pool.prefix_cache.extend_contents(seq.contents, seq.tokens, seq.request.cache_salt)
         for content, block in zip(seq.contents[start:end], seq.block_table[start:end], strict=True):
             if pool.remember(content, block):
-                self._journal.cached.append(CachedPrefix(seq.seq_id, block, content.digest))
+                self._journal.cached.append(CachedPrefix(seq.seq_id, block, content))
 
     def _fork_samples(self, seq: Sequence, tokens: list[int]) -> list[Sequence]:
         """The prompt of a request with n > 1 is computed: one sequence a sample from here on, each
@@ -559,18 +587,8 @@ class Scheduler:
     def _fork(self, seq: Sequence, index: int) -> Sequence:
         """A sequence with the same tokens, sharing the blocks of a running `seq`. Where there is
         no seat for it, it waits and recomputes."""
-        request = seq.request
-        child = Sequence(
-            f"{request.request_id}#{index}",
-            request,
-            index,
-            list(seq.tokens),
-            num_cached_tokens=seq.num_cached_tokens,
-            contents=list(seq.contents),
-            cumulative_logprob=seq.cumulative_logprob,
-        )
-        child.order = (seq.order[0], seq.order[1], index)
-        self.live[request.request_id].sequences.append(child)
+        child = seq.fork(index)
+        self.live[seq.request.request_id].sequences.append(child)
         self._journal.forked.append(Fork(seq.seq_id, child.seq_id))
         if seq.status is Status.RUNNING and self.num_seats_taken < self.config.max_num_seqs:
             child.num_computed_tokens = seq.num_computed_tokens
@@ -605,6 +623,7 @@ class Scheduler:
             return
         survivors, ended = beam.expand(beams, params, request.eos_token_ids)
         live.hypotheses += ended
+        self._journal.hypotheses += [(request.request_id, hypothesis) for hypothesis in ended]
         for seq in beams:
             seq.candidates = None
             if seq.pending_forks:  # the seats kept for the beams that now come into being
@@ -667,11 +686,15 @@ class Scheduler:
             time=self._began,
             phases=phases,
             error=error,
+            policy=type(self.policy).__name__,
             token_budget=self.config.max_num_batched_tokens,
             scheduled=journal.scheduled,
             sampled=journal.sampled,
+            candidates=journal.candidates,
+            hypotheses=tuple(journal.hypotheses),
             waits=tuple(journal.waits),
             added=tuple(journal.added),
+            ranked=journal.ranked,
             admitted=tuple(journal.admitted),
             preempted=tuple(journal.preempted),
             forked=tuple(journal.forked),
@@ -698,15 +721,13 @@ class Scheduler:
 
     def _rank_all(self, policy: Policy) -> None:
         """Order both queues by `policy`; if it raises, or its ranks do not compare, not at all."""
-        orders = {
-            seq: (policy.rank(seq), seq.request.arrival, seq.index)
-            for seq in (*self.running, *self.waiting)
-        }
-        in_order = sorted(orders, key=orders.__getitem__)  # together: they must all compare
+        orders = _orders(policy, (*self.running, *self.waiting))
+        changed = {seq.seq_id: o[0] for seq, o in orders.items() if o != seq.order}
+        self._journal.ranked |= changed
         for seq, order in orders.items():
             seq.order = order
-        self.running = [seq for seq in in_order if seq.status is Status.RUNNING]
-        self.waiting = [seq for seq in in_order if seq.status is not Status.RUNNING]
+        self.running = [seq for seq in orders if seq.status is Status.RUNNING]
+        self.waiting = [seq for seq in orders if seq.status is not Status.RUNNING]
 
     def _run(self, seq: Sequence) -> None:
         seq.status = Status.RUNNING
@@ -733,3 +754,9 @@ class Scheduler:
     def _release_host_blocks(self, seq: Sequence) -> None:
         self.host_pool.release(seq.host_blocks)
         seq.host_blocks = []
+
+
+def _orders(policy: Policy, sequences: Iterable[Sequence]) -> dict[Sequence, tuple[Any, int, int]]:
+    """Each one's place in every queue, in that order; together, because they must all compare."""
+    orders = {seq: (policy.rank(seq), seq.request.arrival, seq.index) for seq in sequences}
+    return {seq: orders[seq] for seq in sorted(orders, key=orders.__getitem__)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nbengine.core.prefix_cache import BlockContent
 from nbengine.core.request import Sequence, Status
-from nbengine.core.scheduler import Scheduler
 from nbengine.errors import UnknownRequest
 
 
@@ -20,16 +20,22 @@ class SequenceView:
     priority: int
     arrival_time: float
     num_prompt_tokens: int
-    num_tokens: int
-    """Prompt and output tokens known."""
     num_computed_tokens: int
     max_total_tokens: int
     num_cached_tokens: int
     num_preemptions: int
     block_table: tuple[int, ...]
-    num_host_blocks: int
+    host_blocks: tuple[int, ...]
+    """Where its keys and values are while it is swapped out."""
+    token_ids: tuple[int, ...]
+    """Prompt, then output."""
     text: str
     """Output text so far."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known."""
+        return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -49,10 +55,12 @@ class Snapshot:
     block_size: int
     ref_counts: tuple[int, ...]
     """Holders of each block."""
+    free_blocks: tuple[int, ...]
+    """Blocks that hold nothing of use; the last is handed out next."""
     cached_blocks: tuple[int, ...]
     """Blocks nobody holds that keep a prefix, next to be evicted first."""
-    num_hashed_blocks: int
-    """Blocks in the prefix cache, held or not."""
+    contents: Mapping[int, BlockContent]
+    """What the prefix cache remembers of each block, held ones too: hash and tokens."""
 
     @property
     def num_blocks(self) -> int:
@@ -64,7 +72,7 @@ class Snapshot:
 
     @property
     def num_free_blocks(self) -> int:
-        return self.num_blocks - self.num_held_blocks - len(self.cached_blocks)
+        return len(self.free_blocks)
 
     def sequence(self, seq_id: str) -> SequenceView:
         """One unfinished sequence.
@@ -96,36 +104,22 @@ class Snapshot:
         return snapshot_html(self)
 
 
-def take_snapshot(scheduler: Scheduler, text_of: Callable[[Sequence], str]) -> Snapshot:
-    """A snapshot of `scheduler`; `text_of` gives a sequence's output text."""
-
-    def view(seq: Sequence) -> SequenceView:
-        request = seq.request
-        return SequenceView(
-            seq.seq_id,
-            request.request_id,
-            seq.status,
-            request.priority,
-            request.arrival_time,
-            request.num_prompt_tokens,
-            len(seq.tokens),
-            seq.num_computed_tokens,
-            request.max_total_tokens,
-            seq.num_cached_tokens,
-            seq.num_preemptions,
-            tuple(seq.block_table),
-            len(seq.host_blocks),
-            text_of(seq),
-        )
-
-    pool = scheduler.pool
-    return Snapshot(
-        scheduler.step_count,
-        type(scheduler.policy).__name__,
-        tuple(map(view, scheduler.running)),
-        tuple(map(view, scheduler.waiting)),
-        pool.block_size,
-        tuple(pool.ref_counts),
-        pool.cached_blocks(),
-        len(pool.prefix_cache),
+def view_of(seq: Sequence, text: str) -> SequenceView:
+    """An unfinished sequence with its output text."""
+    request = seq.request
+    return SequenceView(
+        seq.seq_id,
+        request.request_id,
+        seq.status,
+        request.priority,
+        request.arrival_time,
+        request.num_prompt_tokens,
+        seq.num_computed_tokens,
+        request.max_total_tokens,
+        seq.num_cached_tokens,
+        seq.num_preemptions,
+        tuple(seq.block_table),
+        tuple(seq.host_blocks),
+        tuple(seq.tokens),
+        text,
     )

@@ -82,6 +82,8 @@ class SequenceExplanation:
             match p.mode:
                 case "swap":
                     how = f"{_count(p.num_blocks, 'block')} swapped to host memory"
+                case "rewind":
+                    how = f"the engine went back, {_count(p.num_lost_tokens, 'token')} to compute again"
                 case "error":
                     how = f"the step failed, {_count(p.num_lost_tokens, 'token')} to compute again"
                 case _:
@@ -211,7 +213,7 @@ class _Past:
         self.added_in: int | None = None
         for record in reversed(history):
             self.records.append(record)
-            if request_id in record.added:
+            if any(request.request_id == request_id for request in record.added):
                 self.added_in = record.step
                 break
         self.num_output_tokens: dict[str, int] = {}
@@ -220,7 +222,8 @@ class _Past:
         counts = self.num_output_tokens
         for record in reversed(self.records):
             ended = (finish.seq_id for finish in record.finished)
-            for seq_id in (*record.added, *record.scheduled, *ended):
+            added = (request.request_id for request in record.added)
+            for seq_id in (*added, *record.scheduled, *ended):
                 if seq_id.partition("#")[0] == request_id:
                     counts.setdefault(seq_id, 0)
             for fork in record.forked:

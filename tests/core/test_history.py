@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nbengine.core.history import History
-from nbengine.errors import UnknownRequest
+from nbengine.errors import UnknownStep
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def test_a_step_that_was_dropped_or_not_taken_is_unknown(records, step):
     history = History(max_records=2)  # keeps 4 and 5
     for record in records:
         history.append(record)
-    with pytest.raises(UnknownRequest, match="steps 4 to 5"):
+    with pytest.raises(UnknownStep, match="steps 4 to 5"):
         history[step]
 
 
 def test_an_empty_history_says_so():
     assert repr(History()) == "History(empty)"
-    with pytest.raises(UnknownRequest, match="no step yet"):
+    with pytest.raises(UnknownStep, match="no step yet"):
         History()[-1]
 
 

@@ -519,7 +519,7 @@ class TestLimits:
         b.scheduler.abort("req-0")
         b.add(8, max_tokens=1, request_id="req-0")
         record = b.step()
-        assert record.added == ("req-0",)
+        assert [r.request_id for r in record.added] == ["req-0"]
         assert [(f.seq_id, f.reason) for f in record.finished] == [
             ("req-0", "abort"),
             ("req-0", "length"),

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from nbengine.core.history import History
+from nbengine.core.lives import Life
 from nbengine.core.prefix_cache import MissCause
 from nbengine.core.records import Cause, Phases
 from nbengine.core.request import Status
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
-from nbengine.core.simulate import Simulation
 from nbengine.core.why import explain
 from nbengine.errors import UnknownRequest
 
@@ -290,4 +290,4 @@ def test_every_sequence_of_every_life_can_be_explained_at_every_step():
                     finish.seq_id.partition("#")[0] in scheduler.live  # has a new owner
                 )
 
-        Simulation(seed, watch).run()
+        Life(seed, watch).run()

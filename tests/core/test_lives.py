@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from nbengine.core import simulate
 from nbengine.core.block_pool import BlockPool
+from nbengine.core.lives import Life, replay_command
 from nbengine.core.prefix_cache import PrefixCache
 from nbengine.core.scheduler import Scheduler
-from nbengine.core.simulate import Simulation, replay_command
+from nbengine.core.state import State
 
 NUM_SEEDS = 2000
 NUM_PARTS = 20
@@ -27,7 +27,7 @@ REGRESSIONS = {
 
 def live(seed):
     try:
-        return Simulation(seed).run()
+        return Life(seed).run()
     except Exception as error:
         error.add_note(f"again, step by step: {replay_command(seed)}")
         raise
@@ -50,7 +50,7 @@ def test_lives_that_once_went_wrong(seed):
 def test_a_seed_always_lives_the_same_life():
     def life(seed):
         told = []
-        Simulation(seed, watch=lambda _, record: told.append(record)).run()
+        Life(seed, watch=lambda _, record: told.append(record)).run()
         return told
 
     for seed in range(20):
@@ -62,6 +62,7 @@ def test_the_seeds_meet_everything_there_is_to_meet():
     seen = set()
 
     def watch(_, record):
+        seen.update("prefix cache reset" for move in record.released if not move.seq_id)
         seen.update(f"preempted by {p.mode}" for p in record.preempted)
         seen.update(f"finished by {f.reason}" for f in record.finished)
         seen.update(f"waits for {w.cause}" for w in record.waits)
@@ -73,7 +74,7 @@ def test_the_seeds_meet_everything_there_is_to_meet():
             seen.add(record.error)
 
     for seed in range(200):
-        Simulation(seed, watch).run()
+        Life(seed, watch).run()
     assert seen >= {
         "preempted by recompute",
         "preempted by swap",
@@ -98,7 +99,25 @@ def test_the_seeds_meet_everything_there_is_to_meet():
         "InjectedFault: the step failed on the device",
         "InjectedFault: the policy failed",
         *("copied", "swapped_out", "swapped_in", "evicted", "forked", "cached"),
+        *("preempted by rewind", "prefix cache reset"),
     }
+
+
+def test_any_step_is_rebuilt_exactly_as_it_was():
+    """Queues, tables, counts, prefixes and free list of every step that the history reaches."""
+    num_states = 0
+    for seed in range(60):
+        live = {}
+
+        def remember(life, record, live=live):
+            live[record.step] = State.of(life.scheduler).snapshot()
+
+        life = Life(seed, remember).run()
+        for step in range(1, life.history[-1].step + 1):
+            if step not in life.rewound_to:
+                assert life.history.state_at(step).snapshot() == live[step], (seed, step)
+                num_states += 1
+    assert num_states > 1000
 
 
 # Each breaks one line of the scheduler or of the pools: (method, code, what it becomes).
@@ -149,7 +168,7 @@ MUTATIONS = {
     "hits are not shared before the rest is allocated": (
         Scheduler._try_admit,
         "pool.share(hits)  # first, so that none of them is evicted for the rest",
-        "pool.release(list(hits)) if False else None",
+        "pass",
     ),
     "eviction leaves the digest behind": (
         BlockPool.allocate,
@@ -193,8 +212,8 @@ MUTATIONS = {
     ),
     "a refusal loses a reference": (
         Scheduler._try_admit,
-        "pool.release(hits)\n        return 0, blocks",
-        "return 0, blocks",
+        "self._release_device_blocks(seq)\n        return 0, blocks",
+        "seq.block_table = []; return 0, blocks",
     ),
     "idle beams never give way": (
         Scheduler._preempt_idle,
@@ -207,6 +226,21 @@ MUTATIONS = {
         "n = budget + 1 if",
     ),
     "a stop token is overlooked": (Scheduler._check_stop, "num_output >=", "num_output - 1 >="),
+    "a rewind keeps the blocks of the present": (
+        Scheduler.rewind,
+        "self._release_blocks(seq)",
+        "pass",
+    ),
+    "a rewind trusts the blocks of the past": (
+        Scheduler.rewind,
+        "seq.order, seq.num_computed_tokens = order, 0",
+        "seq.order = order",
+    ),
+    "a reset of the prefix cache leaves no trace": (
+        Scheduler.reset_prefix_cache,
+        "self._journal.released.append(BlockMove(PREFIX_CACHE, freed))",
+        "pass",
+    ),
     "a wait without a word": (
         Scheduler._chunk,
         "if n < wanted:",
@@ -228,7 +262,7 @@ def test_a_broken_scheduler_is_caught(name, monkeypatch):
     monkeypatch.setattr(owner, method.__name__, namespace[method.__name__])
     for seed in range(200):
         try:
-            simulate.Simulation(seed).run()
+            Life(seed).run()
         except Exception as caught:
             print(f"seed {seed}: {type(caught).__name__}: {caught}")
             return

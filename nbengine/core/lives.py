@@ -3,12 +3,12 @@
 After FoundationDB (Zhou et al., 2021, section 4): a seed draws a configuration, a workload and
 faults, and a virtual clock makes the run repeat exactly. The executor is a `FakeDevice`, which sees
 every block that does not hold the past of who reads it. After every step the invariants are
-checked, and a `Replay` of the records must agree with the scheduler; in the end every output must
-be what an engine with endless memory and no faults gives, and everything admitted must have
-finished.
+checked, and a `State` that the records alone move on must equal the scheduler's. Now and then the
+life goes back to an earlier step. In the end every output must be what an engine with endless
+memory and no faults gives, and everything admitted must have finished.
 
-    python -m nbengine.core.simulate --seeds 100000   # many lives, on all cores
-    python -m nbengine.core.simulate --seed 17        # one of them again, step by step
+    python -m nbengine.core.lives --seeds 100000   # many lives, on all cores
+    python -m nbengine.core.lives --seed 17        # one of them again, step by step
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any
 
 from nbengine.core.block_pool import BlockPool, Refused
 from nbengine.core.fake_device import VOCAB_SIZE, FakeDevice, undisturbed_outputs
+from nbengine.core.history import History
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
-from nbengine.core.replay import Replay
 from nbengine.core.request import LiveRequest, Request, Sequence, Status
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.core.scheduler import Scheduler, SchedulerConfig
+from nbengine.core.state import Keyframe, State
 from nbengine.errors import CacheBusy, InvalidRequest, RequestTooLarge
 
 # ---------------------------------------------------------------------- what a seed draws
@@ -161,12 +162,10 @@ class Faults:
 # ---------------------------------------------------------------------- one life
 
 
-class Simulation:
+class Life:
     """The life that `seed` draws. `watch` is called with every sealed record."""
 
-    def __init__(
-        self, seed: int, watch: Callable[[Simulation, StepRecord], None] | None = None
-    ) -> None:
+    def __init__(self, seed: int, watch: Callable[[Life, StepRecord], None] | None = None) -> None:
         self.seed, self.watch = seed, watch
         self.rng = rng = Random(seed)
         self.now = 0.0
@@ -179,13 +178,19 @@ class Simulation:
         )
         self.requests: dict[str, Request] = {}
         self.admitted: list[LiveRequest] = []
-        """Every request that was not refused."""
-        self.replay = Replay()
+        """Every request that was not refused, nor undone."""
+        self.added_since: list[Request] = []
+        """Requests that were admitted since the last step."""
+        self.state = State.of(self.scheduler)
+        """Moved on by records alone."""
+        self.history = History()
+        self.history.keep(Keyframe(self.scheduler))
+        self.rewound_to: set[int] = set()
         self.num_steps = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._draw_events()
 
-    def run(self) -> Simulation:
+    def run(self) -> Life:
         """Live it to the end.
 
         Raises:
@@ -283,6 +288,8 @@ class Simulation:
         at += rng.uniform(0, 40)
         for _ in range(rng.choice([0, 0, 1, 4])):
             self._at(rng.uniform(0, at), rng.choice([self._set_policy, self._reset_prefix_cache]))
+        for _ in range(rng.choice([0, 0, 0, 1, 3])):
+            self._at(rng.uniform(0, at), self._rewind)
         self._at(at, lambda: None)  # from here on it is quiet
 
     def _at(self, when: float, do: Callable[..., None], *args: Any) -> None:
@@ -308,6 +315,7 @@ class Simulation:
         else:
             assert can_fit and not in_use, f"{request} should have been refused"
             self.admitted.append(live)
+            self.added_since.append(request)
             self.requests[request.request_id] = request
             return
         assert scheduler.live.get(request.request_id) is in_use
@@ -335,6 +343,29 @@ class Simulation:
             assert not num_held and not len(pool.prefix_cache)
         except CacheBusy:
             assert num_held and pool.num_cached == num_cached
+
+    def _rewind(self) -> None:
+        scheduler, history = self.scheduler, self.history
+        undone = scheduler.step_count - self.rng.randint(0, scheduler.step_count)
+        state = history.state_at(scheduler.step_count - undone)
+        alive, step = dict(state.live), state.step
+        try:
+            scheduler.rewind(state)
+        except InjectedFault:
+            assert scheduler.step_count == step + undone
+            return
+        alive_again = {id(live.request): live for live in alive.values()}
+        dropped = {id(r) for record in history.cut(step) for r in record.added}
+        dropped |= {id(r) for r in self.added_since}
+        self.added_since.clear()
+        self.admitted = [
+            alive_again.get(id(live.request), live)
+            for live in self.admitted
+            if id(live.request) not in dropped
+        ]
+        history.keep(Keyframe(scheduler))
+        self.state = State.of(scheduler)
+        self.rewound_to.add(step)
 
     # ---------------------------------------------------------------- invariants
 
@@ -401,23 +432,29 @@ class Simulation:
         unfinished = {s for live in scheduler.live.values() for s in live.sequences}
         assert {s for s in unfinished if not s.is_finished} == set(queued), "lost a sequence"
         assert len(queued) == len(set(queued)), "a sequence queues twice"
-        self._check_replay(record)
+        self._check_records(record)
 
-    def _check_replay(self, record: StepRecord) -> None:
+    def _check_records(self, record: StepRecord) -> None:
         """The records alone tell where everything stands; that no token is computed twice or
-        skipped follows, because the replay counts them."""
-        replay, scheduler = self.replay, self.scheduler
-        replay.apply(record, self.requests)
-        for seq in (*scheduler.running, *scheduler.waiting):
-            told = replay.sequences[seq.seq_id]
-            assert told.status is seq.status, (seq, told)
-            assert told.num_computed_tokens == seq.num_computed_tokens, (seq, told)
-            assert told.output_token_ids == seq.output_token_ids, (seq, told)
-            assert told.block_table == seq.block_table, (seq, told)
-            assert told.host_blocks == seq.host_blocks, (seq, told)
-        assert len(replay.sequences) == len(scheduler.running) + len(scheduler.waiting)
-        cache = scheduler.pool.prefix_cache
-        assert replay.cached == {b: content.digest for b, content in cache.content_of.items()}
+        skipped follows, because the state counts them."""
+        self.state.apply(record)
+        self.history.append(record)
+        self.added_since.clear()
+        if self.num_steps % 7 == 0:
+            self.history.keep(Keyframe(self.scheduler))
+        now = State.of(self.scheduler)
+        assert (self.state.step, self.state.policy) == (now.step, now.policy)
+        assert self.state.ref_counts == now.ref_counts, "reference counts as told"
+        assert list(self.state.free) == list(now.free), "the free list as told"
+        assert list(self.state.cached) == list(now.cached), "cached blocks as told"
+        assert list(self.state.contents.items()) == list(now.contents.items()), "prefixes as told"
+        assert self.state.live.keys() == now.live.keys(), "requests as told"
+        for name, live in now.live.items():
+            told = self.state.live[name]
+            assert told.request is live.request
+            assert (told.hypotheses, told.num_indices) == (live.hypotheses, live.num_indices)
+            for one, other in zip(told.sequences, live.sequences, strict=True):
+                assert _facts(one) == _facts(other), (_facts(one), _facts(other))
 
     def _check_end(self) -> None:
         scheduler = self.scheduler
@@ -443,21 +480,29 @@ class Simulation:
         assert cut_short or len(live.sequences) == request.num_sequences
 
 
+def _facts(seq: Sequence) -> tuple[object, ...]:
+    """All of a sequence but what follows from the rest."""
+    names = [field.name for field in fields(seq) if field.name not in ("contents",)]
+    if seq.is_finished:  # how far it had come in the cache is nobody's business any more
+        names.remove("num_computed_tokens")
+    return tuple((name, getattr(seq, name)) for name in names)
+
+
 # ---------------------------------------------------------------------- many lives
 
 
 def replay_command(seed: int) -> str:
-    return f"python -m nbengine.core.simulate --seed {seed}"
+    return f"python -m nbengine.core.lives --seed {seed}"
 
 
 def try_seed(seed: int) -> tuple[int, str, int]:
     """(seed, what went wrong or "", steps)."""
-    simulation = Simulation(seed)
+    life = Life(seed)
     try:
-        simulation.run()
+        life.run()
     except Exception as error:
-        return seed, f"{type(error).__name__}: {error}", simulation.num_steps
-    return seed, "", simulation.num_steps
+        return seed, f"{type(error).__name__}: {error}", life.num_steps
+    return seed, "", life.num_steps
 
 
 def try_seeds(seeds: range, num_processes: int) -> bool:
@@ -483,7 +528,7 @@ def try_seeds(seeds: range, num_processes: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nbengine.core.simulate")
+    parser = argparse.ArgumentParser(prog="python -m nbengine.core.lives")
     parser.add_argument("--seeds", type=int, default=2000, help="how many lives")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, help="live this one only, and print its steps")
@@ -492,9 +537,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not __debug__:
         parser.error("the invariants are assertions, which python -O leaves out")
     if options.seed is not None:
-        simulation = Simulation(options.seed, watch=lambda _, record: print(record))
-        print(simulation.config, simulation.faults, sep="\n")
-        simulation.run()
+        life = Life(options.seed, watch=lambda _, record: print(record))
+        print(life.config, life.faults, sep="\n")
+        life.run()
         return 0
     seeds = range(options.first, options.first + options.seeds)
     return 0 if try_seeds(seeds, options.processes) else 1
