@@ -17,28 +17,25 @@ import random
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nbengine.admission import Admission, Params, Prompt
 from nbengine.config import EngineConfig
+from nbengine.core.breakpoints import Breakpoint, Condition, Stop, condition
 from nbengine.core.history import History
 from nbengine.core.logprobs import Logprob
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
-from nbengine.core.sampling_params import (
-    BeamSearchParams,
-    SamplingParams,
-    validate_for_model,
-    validate_prompt_token_ids,
-)
+from nbengine.core.sampling_params import SamplingParams
 from nbengine.core.scheduler import Scheduler
 from nbengine.core.snapshot import Snapshot
-from nbengine.core.state import State
+from nbengine.core.state import Keyframe, State
 from nbengine.core.why import Explanation, explain
 from nbengine.engine_kernels import EngineKernels
 from nbengine.engine_thread import EngineThread
@@ -51,6 +48,7 @@ from nbengine.errors import (
     UnknownRequest,
 )
 from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscriber
+from nbengine.rewind import Rewind
 
 if TYPE_CHECKING:
     from nbengine.execution.kv_cache import KVCache
@@ -63,17 +61,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Prompt = str | Seq[int] | Mapping[str, Any]
-"""A text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; a mapping may carry a
-`cache_salt`."""
-
-Params = SamplingParams | BeamSearchParams
-
 QueueRequest = Callable[[Subscriber | None], str]
 """A request that was checked: queues it, on the engine's thread, and returns its id."""
 
-MAX_SALT_LENGTH = 128
-MAX_ID_LENGTH = 256
 MAX_FINISHED_KEPT = 1000
 """Finished requests whose outputs can still be asked for."""
 MAX_FINISHED_SIZE = 2_000_000
@@ -129,6 +119,10 @@ class Engine:
         self._num_arrivals = 0
         self._seeds = random.Random(config.seed)
         self._on_step: list[Callable[[StepRecord], None]] = []
+        self._breakpoints: list[Breakpoint] = []
+        self.stopped_at: Stop | None = None
+        """The breakpoint that the last run ended at, if it ended at one."""
+        self._rewound: Rewind | None = None
         self._thread = EngineThread(self, name="nbengine")
         try:
             self._thread.call(lambda: self._load(config))
@@ -157,19 +151,27 @@ class Engine:
         self.config: EngineConfig = config.resolve(memory.max_model_len, memory.num_blocks)
         """The configuration, with what was decided at start-up filled in."""
         self.vocab_size = runner.decoder.config.vocab_size
-        self._eos_token_ids = frozenset(runner.decoder.config.eos_token_ids) | (
-            self.tokenizer.eos_token_ids if self.tokenizer else frozenset()
+        self._begin(
+            frozenset(runner.decoder.config.eos_token_ids)
+            | (self.tokenizer.eos_token_ids if self.tokenizer else frozenset()),
+            memory.num_host_blocks,
         )
+
+    def _begin(self, eos_token_ids: frozenset[int], num_host_blocks: int) -> None:
+        """Queues and history, once the model's and the memory's numbers are known."""
+        self._admission = Admission(self.config, self.tokenizer, self.vocab_size, eos_token_ids)
         self.scheduler = Scheduler(
-            self.config.for_scheduler(memory.num_host_blocks),
+            self.config.for_scheduler(num_host_blocks),
             self.config.scheduling_policy,
             self.clock,
         )
+        self.history.keep(Keyframe(self.scheduler))
 
     # ------------------------------------------------------------------ the step
 
     def step(self, n: int = 1) -> StepRecord:
-        """Take `n` steps (fewer if the work ends) and return the last one's record.
+        """Take `n` steps (fewer if the work ends, or a breakpoint is met) and return the last one's
+        record.
 
         Raises:
             whatever the model raised. The step is then taken back: nothing is lost, and what it
@@ -178,13 +180,13 @@ class Engine:
         _check_positive("n", n)
         record = self._call(self._step)
         for _ in range(n - 1):
-            if not self.has_work:
+            if not self.has_work or self.stopped_at is not None:
                 break
             record = self._call(self._step)
         return record
 
     def _step(self) -> StepRecord:
-        self._failure = None
+        self._failure = self.stopped_at = None
         try:
             record = self._take_step()
         except BaseException as error:
@@ -209,12 +211,15 @@ class Engine:
         try:
             began = clock()
             plan = scheduler.schedule()
+            plan.keeps_logits = self._rewound is not None and self._rewound.is_watching
             scheduled = clock()
             batch = self._runner.prepare(plan)
             prepared = clock()
             output = self._runner.compute(batch)
             executed = clock()
             advanced = scheduler.commit(output)
+            if plan.keeps_logits:
+                self._compare_with_before(advanced, output)
             self._update_outputs(plan, output, advanced)
             return scheduler.seal(
                 Phases(
@@ -248,6 +253,9 @@ class Engine:
     def _publish(self, record: StepRecord) -> None:
         """Tell everybody who is interested in a step that is over."""
         self.history.append(record)
+        if self.history.wants_keyframe:
+            self.history.keep(Keyframe(self.scheduler))
+        self._stop_at_breakpoints(record)
         self._deliver(record)
         for listener in tuple(self._on_step):
             try:
@@ -255,6 +263,20 @@ class Engine:
             except Exception:
                 _log.exception("a listener of the engine's steps failed, and is not called again")
                 self._remove_listener(listener)
+
+    def _stop_at_breakpoints(self, record: StepRecord) -> None:
+        self._breakpoints = [b for b in self._breakpoints if b.is_enabled]
+        for each in self._breakpoints:
+            error = None
+            try:
+                holds = each.holds(record)
+            except Exception as raised:
+                error, holds = raised, True
+                each.remove()
+            if holds:
+                each.num_hits += 1
+                self.stopped_at = self.stopped_at or Stop(each, record, error)
+                self._is_started = False
 
     def _deliver(self, record: StepRecord) -> None:
         """Times and outputs of the requests that this step moved on."""
@@ -356,55 +378,12 @@ class Engine:
         """All of `add_request` but the queueing, which is what it returns. The checks and the
         tokenising are done here, on the caller's thread: a bad prompt delays nobody."""
         self._check_open()
-        text, ids, salt = self._parse_prompt(prompt)
-        salt = _checked_salt(cache_salt if cache_salt is not None else salt)
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams | BeamSearchParams):
-            raise InvalidField("params", params, "must be SamplingParams or BeamSearchParams")
-        longest = self.config.max_model_len
-        assert longest is not None
-        validate_for_model(
+        request, text = self._admission.check(
+            prompt,
             params,
-            vocab_size=self.vocab_size,
-            max_model_len=longest,
-            num_prompt_tokens=len(ids),
-            max_logprobs=self.config.max_logprobs,
-        )
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 2**63:
-            raise InvalidField("priority", priority, "must be a 64-bit integer")
-        if request_id is not None and (
-            not isinstance(request_id, str)
-            or not 1 <= len(request_id) <= MAX_ID_LENGTH
-            or "#" in request_id
-        ):
-            raise InvalidField(
-                "request_id",
-                request_id,
-                f'must be a string of 1 to {MAX_ID_LENGTH} characters without "#"',
-            )
-        stops: frozenset[int] = frozenset()
-        bad_words: tuple[tuple[int, ...], ...] = ()
-        if isinstance(params, SamplingParams):
-            stops = frozenset(params.stop_token_ids or ())
-            if not params.ignore_eos:
-                stops |= self._eos_token_ids
-            if self.tokenizer is None:
-                for name in ("stop", "bad_words"):
-                    if value := getattr(params, name):
-                        raise InvalidField(name, value, "needs a tokenizer (skip_tokenizer_init)")
-            elif params.bad_words:
-                bad_words = self.tokenizer.bad_words_token_ids(params.bad_words)
-        max_tokens = params.max_tokens
-        request = Request(
-            request_id if request_id is not None else self._next_id(),
-            ids,
-            params,
+            request_id=request_id if request_id is not None else self._next_id(),
             priority=priority,
-            cache_salt=salt,
-            eos_token_ids=self._eos_token_ids,
-            stop_token_ids=stops,
-            bad_words_token_ids=bad_words,
-            max_total_tokens=longest if max_tokens is None else min(longest, len(ids) + max_tokens),
+            cache_salt=cache_salt,
         )
         self.scheduler.check_fits(request)
         return partial(self._queue, request, request_id is not None, text)
@@ -434,52 +413,6 @@ class Engine:
         metrics = RequestMetrics(request.arrival_time)
         self._states[name] = RequestState(live, text, self.tokenizer, metrics, subscriber)
         return name
-
-    def _parse_prompt(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...], str | None]:
-        """Text (if given as text), token ids and salt of a prompt in any of its forms."""
-        salt = None
-        text: str | None = None
-        ids: Any = None
-        if isinstance(prompt, Mapping):
-            unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown:
-                raise InvalidRequest(
-                    f"a prompt has no {sorted(map(str, unknown))}: its keys are prompt or "
-                    "prompt_token_ids, and cache_salt"
-                )
-            salt, text, ids = (prompt.get(k) for k in ("cache_salt", "prompt", "prompt_token_ids"))
-            if text is not None and not isinstance(text, str):
-                raise InvalidRequest(f"a prompt's text is a str, not {type(text).__name__}")
-        elif isinstance(prompt, str):
-            text = prompt
-        else:
-            ids = prompt
-        if ids is None:
-            if text is None:
-                raise InvalidRequest("a prompt needs a text or prompt_token_ids")
-            if self.tokenizer is None:
-                raise InvalidRequest(
-                    "this engine has no tokenizer (skip_tokenizer_init): give prompt_token_ids"
-                )
-            self._check_text_length(text)
-            ids = self.tokenizer.encode(text)
-        assert self.config.max_model_len is not None
-        return (
-            text,
-            validate_prompt_token_ids(ids, self.vocab_size, self.config.max_model_len),
-            salt,
-        )
-
-    def _check_text_length(self, text: str) -> None:
-        """Refuse a text that can't fit before it is tokenised: that takes seconds a megabyte, in
-        which no other Python thread runs, the engine's neither."""
-        assert self.tokenizer is not None and self.config.max_model_len is not None
-        longest = self.tokenizer.max_token_length * self.config.max_model_len
-        if len(text) > longest:
-            raise InvalidRequest(
-                f"the prompt has {len(text):,} characters, and max_model_len="
-                f"{self.config.max_model_len} tokens hold at most {longest:,}: shorten it"
-            )
 
     def abort(self, *request_ids: str) -> None:
         """End requests now and free all they hold; ids that have finished are passed over.
@@ -529,7 +462,7 @@ class Engine:
         """Take steps in the background whenever there is work, until `pause`. Returns at once."""
 
         def start() -> None:
-            self.error = None
+            self.error = self.stopped_at = None
             self._is_started = True
 
         self._call(start)
@@ -543,20 +476,41 @@ class Engine:
         self._call(pause)
 
     def run(
-        self, max_steps: int | None = None, until: Callable[[StepRecord], bool] | None = None
+        self, max_steps: int | None = None, until: str | Condition | None = None
     ) -> StepRecord | None:
-        """Step until no work is left, `max_steps` were taken, or `until(record)` is true; returns
-        the last record. Interrupting it leaves the engine as it is after the current step."""
+        """Step until no work is left, `max_steps` were taken, a breakpoint is met, or `until` is: the
+        name of a condition (see `break_on`) or a function of the `StepRecord`. Returns the last
+        record. Interrupting it leaves the engine as it is after the current step."""
         if max_steps is not None:
             _check_positive("max_steps", max_steps)
+        is_reached = None if until is None else condition(until)
         record = None
         for _ in itertools.count() if max_steps is None else range(max_steps):
             if not self.has_work:
                 break
             record = self.step()
-            if until is not None and until(record):
+            if self.stopped_at is not None or (is_reached is not None and is_reached(record)):
                 break
         return record
+
+    def break_on(self, on: str | Condition) -> Breakpoint:
+        """Pause after every step that meets a condition: "preemption", "finish", "prefix_miss",
+        "out_of_blocks", "eviction", "copy_on_write", or a function of the `StepRecord`, which is
+        called on the engine's thread and must return at once. It ends `run` and `step(n)`, and pauses
+        what runs in the background; `stopped_at` says where. Whoever waits for an answer
+        (`generate`, `stream`) still gets it. `remove()` what it returns to go on unhindered.
+
+        Raises:
+            InvalidField: not a name of a condition, nor callable.
+        """
+        added = Breakpoint.on(on)
+        self._call(lambda: self._breakpoints.append(added))
+        return added
+
+    @property
+    def breakpoints(self) -> tuple[Breakpoint, ...]:
+        """Those that were set and not removed."""
+        return tuple(b for b in self._breakpoints if b.is_enabled)
 
     @contextlib.contextmanager
     def driving(
@@ -677,6 +631,79 @@ class Engine:
                     self.scheduler.abort(name)
                 self._retire(state, self.clock())
 
+    # ------------------------------------------------------------------ time travel
+
+    def state_at(self, step: int) -> Snapshot:
+        """Queues, block tables, reference counts, free list and prefix cache exactly as after step
+        `step`, rebuilt from the history; 0 is before the first. The engine is not touched.
+
+        Raises:
+            UnknownStep: the step has not been taken, or the history no longer reaches it.
+        """
+        return self.history.state_at(step).snapshot(self._decoded_output)
+
+    def _decoded_output(self, seq: Sequence) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(seq.output_token_ids)
+
+    def rewind(self, step: int) -> Rewind:
+        """Go back to how things stood after step `step`, and pause. Every sequence is cut back to the
+        tokens that it had, and its keys and values are computed again when it runs; requests that
+        came later are gone, those that ended later live again. Policy and budgets stay as they are
+        now, and what the prefix cache holds stays in it.
+
+        With greedy or seeded sampling the same tokens come again on the same device, which is
+        guaranteed with `batch_invariant=True`. Otherwise a sum in another order may tip a near tie:
+        what this returns reports the first token of each sequence that differs, with the logits of
+        both.
+
+        Raises:
+            UnknownStep: the step has not been taken, or the history no longer reaches it.
+        """
+        return self._call(lambda: self._rewind(step))
+
+    def _rewind(self, step: int) -> Rewind:
+        state = self.history.state_at(step)
+        alive = dict(state.live)
+        self.scheduler.rewind(state)
+        dropped = self.history.cut(step)
+        self.history.keep(Keyframe(self.scheduler))
+        self._is_started, self.error, self.stopped_at = False, None, None
+        before = {**self._finished, **self._states}
+        for state_now in list(self._states.values()):
+            name = state_now.request_id
+            if name not in alive or alive[name].request is not state_now.live.request:
+                for seq in state_now.live.sequences:
+                    if not seq.is_finished:
+                        seq.end("abort")
+                self._retire(state_now, self.clock())
+        for record in dropped:
+            for request in record.added:
+                self._forget(request.request_id)
+        expected: dict[tuple[int, int], tuple[list[int], int]] = {}
+        for name, live in alive.items():
+            was = before.get(name)
+            if was is None or was.live.request is not live.request:  # it ended long ago
+                metrics = RequestMetrics(live.request.arrival_time)
+                was = RequestState(live, None, self.tokenizer, metrics)
+            elif isinstance(live.request.params, SamplingParams):
+                known = {s.index: len(s.tokens) for s in live.sequences}
+                for s in was.live.sequences:
+                    num_known = known.get(s.index, s.num_prompt_tokens)  # it may split again
+                    expected[live.request.arrival, s.index] = s.tokens, num_known
+            self._forget(name)
+            self._states[name] = was.rewound(live)
+        decode = self.tokenizer.decode if self.tokenizer is not None else None
+        self._rewound = Rewind(
+            step, dropped, expected, lambda token: decode([token]) if decode else ""
+        )
+        return self._rewound
+
+    def _compare_with_before(self, advanced: list[Sequence], output: StepOutput) -> None:
+        assert self._rewound is not None
+        for seq in advanced:
+            logits = output.logits.get(seq.seq_id, output.logits.get(seq.request.request_id))
+            self._rewound.compare(seq, self.scheduler.step_count + 1, logits)
+
     # ------------------------------------------------------------------ looking in
 
     def snapshot(self) -> Snapshot:
@@ -763,6 +790,31 @@ class Engine:
     def set_policy(self, policy: str | Policy | type) -> None:
         """Replace the scheduling policy from the next step on."""
         self._call(lambda: self.scheduler.set_policy(policy))
+
+    def set_max_num_batched_tokens(self, num_tokens: int) -> None:
+        """Replace the token budget from the next step on.
+
+        Raises:
+            InvalidField: more than the engine was started with, for which its buffers were made; or,
+                without chunked prefill, less than `max_model_len`.
+        """
+        _check_positive("max_num_batched_tokens", num_tokens)
+        most, longest = self.config.max_num_batched_tokens, self.config.max_model_len
+        if num_tokens > most:
+            raise InvalidField(
+                "max_num_batched_tokens",
+                num_tokens,
+                f"the engine was started with {most}, and its buffers hold no more",
+            )
+        assert longest is not None
+        if not self.config.enable_chunked_prefill and num_tokens < longest:
+            raise InvalidField(
+                "max_num_batched_tokens",
+                num_tokens,
+                f"is less than max_model_len={longest}, which must fit one step because "
+                "enable_chunked_prefill is off",
+            )
+        self._call(lambda: self.scheduler.set_max_num_batched_tokens(num_tokens))
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached prefix; returns how many blocks that freed.
@@ -879,13 +931,3 @@ def _release_frames(error: BaseException | None) -> None:
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidField(name, value, "must be a positive integer")
-
-
-def _checked_salt(salt: object) -> str | None:
-    if salt is None:
-        return None
-    if not isinstance(salt, str) or not 1 <= len(salt) <= MAX_SALT_LENGTH:
-        raise InvalidField(
-            "cache_salt", salt, f"must be a string of 1 to {MAX_SALT_LENGTH} characters"
-        )
-    return salt

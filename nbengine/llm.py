@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
+from nbengine.admission import Params, Prompt
 from nbengine.core.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-from nbengine.engine import Engine, Params, Prompt
+from nbengine.engine import Engine
 from nbengine.errors import InvalidField, InvalidRequest
 from nbengine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbengine.core.logprobs import Logprob
-from nbengine.core.request import LiveRequest, Sequence
+from nbengine.core.request import LiveRequest, Sequence, Status
 from nbengine.core.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from nbengine.detokenizer import IncrementalDetokenizer
 from nbengine.tokenizer import Tokenizer
@@ -274,6 +274,50 @@ class RequestState:
             len(seq.tokens) for seq in self.live.sequences
         )
         return tokens + sum(map(len, logprobs))
+
+    def rewound(self, live: LiveRequest) -> RequestState:
+        """The same request cut back to `live`, an earlier state of it: text and logprobs of the
+        tokens that it had then. A subscriber stays, and gets again what comes after them."""
+        metrics = dataclasses.replace(self.metrics, finished_time=None)
+        if not any(seq.output_token_ids for seq in live.sequences):
+            metrics.first_token_time = metrics.last_token_time = None
+            if all(seq.status is Status.WAITING for seq in live.sequences):
+                metrics.first_scheduled_time = None
+        state = RequestState(live, self.prompt, self.tokenizer, metrics, self.subscriber)
+        if metrics.first_token_time is not None:
+            state.prompt_logprobs = self.prompt_logprobs
+        if isinstance(self.params, SamplingParams):
+            for seq in live.sequences:
+                if seq.output_token_ids:
+                    state.samples[seq.seq_id] = state._sample_again(
+                        seq, self.params, self.samples.get(seq.seq_id)
+                    )
+        return state
+
+    def _sample_again(
+        self, seq: Sequence, params: SamplingParams, before: _Sample | None
+    ) -> _Sample:
+        sample = self._new_sample(seq, params)
+        tokens = seq.output_token_ids
+        sample.num_tokens = len(tokens)
+        if before is not None:
+            sample.num_delivered = min(before.num_delivered, len(tokens))
+        if sample.logprobs is not None and before is not None and before.logprobs is not None:
+            sample.logprobs = before.logprobs[: len(tokens)]
+            sample.cumulative_logprob = sum(
+                entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)
+            )
+        if sample.detokenizer is not None:
+            is_ended_by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+            if is_ended_by_token and not params.include_stop_str_in_output:
+                tokens = tokens[:-1]
+            for number, token in enumerate(tokens, 1):
+                sample.detokenizer.append(token)
+                if number == sample.num_delivered:
+                    sample.detokenizer.take_delta()
+            if seq.is_finished:
+                sample.detokenizer.finish()
+        return sample
 
     def retire(self) -> None:
         """Drop what only a running request needs."""

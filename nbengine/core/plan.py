@@ -25,6 +25,8 @@ class StepPlan:
     """(host block, device block)."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination) device blocks: copy-on-write."""
+    keeps_logits: bool = False
+    """Whether `StepOutput.logits` is asked for."""
 
     @property
     def num_tokens(self) -> int:
@@ -46,6 +48,9 @@ class StepOutput:
     prompt_logprobs: dict[str, list[Any]] = field(default_factory=dict)
     """For requests that ask for prompt_logprobs: one `dict[int, Logprob]` for each prompt token
     whose predecessor was computed in this step (the first prompt token has none)."""
+    logits: dict[str, Any] = field(default_factory=dict)
+    """For each entry of `samples`, if the plan asks for them: the row `[vocab]` as the model gave
+    it, before penalties and masks."""
     errors: dict[str, Exception] = field(default_factory=dict)
     """Failures of one sequence alone: it ends with finish_reason "error", the others go on."""
 

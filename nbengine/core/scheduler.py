@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -204,6 +204,10 @@ class Scheduler:
         policy = make_policy(policy)
         self._rank_all(policy)  # if it raises, the old one stays in force
         self.policy = policy
+
+    def set_max_num_batched_tokens(self, num_tokens: int) -> None:
+        """Replace the token budget; takes effect in the next step."""
+        self.config = replace(self.config, max_num_batched_tokens=num_tokens)
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached prefix; see `BlockPool.reset_prefix_cache`."""

@@ -117,6 +117,8 @@ class State:
     def _apply_scheduling(self, record: StepRecord) -> None:
         sequences = self.sequences
         for preemption in record.preempted:
+            if preemption.mode == "rewind":
+                continue  # the keyframe of the rewind has it
             seq = sequences[preemption.seq_id]
             seq.status = Status.PREEMPTED
             seq.num_preemptions += preemption.num_blocks > 0

@@ -272,6 +272,9 @@ class ModelRunner:
         """`logits` are of the last rows: those to sample, then those of beams."""
         sampled, of_beams = logits.tensor_split([len(wanted.samples)])
         self._sample(wanted, sampled, output)
+        if wanted.keeps_logits:
+            rows = sampled.float().clone()  # what a graph writes is overwritten by the next step
+            output.logits = {s.seq_id: row for s, row in zip(wanted.samples, rows, strict=True)}
         self._score_beams(wanted, of_beams, output)
 
     def _sample(self, wanted: _Wanted, logits: Tensor, output: StepOutput) -> None:
@@ -353,10 +356,11 @@ class _Wanted:
     """Flat rows of the batch."""
     num_last: int = 0
     """How many of `rows` are the last known token of a sample or beam."""
+    keeps_logits: bool = False
 
     @classmethod
     def of(cls, plan: StepPlan) -> _Wanted:
-        wanted = cls()
+        wanted = cls(keeps_logits=plan.keeps_logits)
         beam_rows: dict[str, list[int]] = {}
         prompt_rows: list[int] = []
         end = 0

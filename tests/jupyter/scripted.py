@@ -13,7 +13,6 @@ import tokenizers
 
 from nbengine.config import EngineConfig
 from nbengine.core.plan import StepOutput, StepPlan
-from nbengine.core.scheduler import Scheduler
 from nbengine.engine import Engine
 from nbengine.tokenizer import Tokenizer
 from tests.core.conftest import FakeExecutor
@@ -122,9 +121,4 @@ class ScriptedEngine(Engine):
         self.tokenizer: Any = WordTokenizer()
         self.memory: Any = "memory: none, for there is no model"
         self.vocab_size = VOCAB_SIZE
-        self._eos_token_ids = frozenset()
-        self.scheduler = Scheduler(
-            self.config.for_scheduler(num_host_blocks=0),
-            self.config.scheduling_policy,
-            self.clock,
-        )
+        self._begin(eos_token_ids=frozenset(), num_host_blocks=0)

@@ -1,0 +1,293 @@
+"""Going back in an engine with a real model, and stopping where something happens."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from nbengine import BeamSearchParams, SamplingParams
+from nbengine.errors import InvalidField, UnknownRequest, UnknownStep
+from nbengine.outputs import RequestOutputKind
+from tests.jupyter.conftest import eventually
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SEEDED = SamplingParams(temperature=1, seed=3, max_tokens=24, ignore_eos=True, n=2, logprobs=2)
+UNSEEDED = SamplingParams(temperature=1, max_tokens=24, ignore_eos=True)
+BEAMS = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
+PROMPTS = [[5 + i, *range(20 + i, 20 + i + length)] for i, length in enumerate((3, 40, 17, 33))]
+PARAMS = [GREEDY, SEEDED, UNSEEDED, BEAMS]
+
+
+@pytest.fixture
+def busy(make):
+    """Four requests of different kinds in few blocks, and the fourth a little later."""
+
+    def busy(**fields):
+        engine = make(
+            **{"num_gpu_blocks_override": 11, "max_model_len": 128, "max_num_batched_tokens": 32}
+            | fields
+        )
+        for i in range(3):
+            engine.add_request(PROMPTS[i], PARAMS[i], request_id=f"r{i}")
+        engine.step(4)
+        engine.add_request(PROMPTS[3], PARAMS[3], request_id="r3")
+        return engine
+
+    return busy
+
+
+def told(engine):
+    """All that a caller can know of every request: tokens, text, reasons, logprobs."""
+    outputs = [engine.output(f"r{i}") for i in range(4)]
+    return [
+        [(o.token_ids, o.text, o.finish_reason, o.stop_reason, o.logprobs) for o in output.outputs]
+        for output in outputs
+    ]
+
+
+def said(engine):
+    """The same without logprobs, whose last bits depend on the batch; only how many there are."""
+    return [[(*o[:4], o[4] and len(o[4])) for o in outputs] for outputs in told(engine)]
+
+
+class TestStateAt:
+    def test_every_step_is_rebuilt_as_it_was(self, busy):
+        engine = busy()
+        live = {}
+        while engine.has_work:
+            record = engine.step()
+            live[record.step] = engine.snapshot()
+        assert any(r.preempted for r in engine.history), "blocks were meant to run out"
+        for step, snapshot in live.items():
+            rebuilt = engine.state_at(step)
+            assert rebuilt.free_blocks == snapshot.free_blocks
+            assert rebuilt.cached_blocks == snapshot.cached_blocks
+            assert rebuilt.contents == snapshot.contents
+            assert [s.block_table for s in rebuilt.running] == [
+                s.block_table for s in snapshot.running
+            ]
+            assert [(s.seq_id, s.token_ids) for s in (*rebuilt.running, *rebuilt.waiting)] == [
+                (s.seq_id, s.token_ids) for s in (*snapshot.running, *snapshot.waiting)
+            ]
+        before_the_first = engine.state_at(0)
+        assert before_the_first.num_free_blocks == 11 and not before_the_first.running
+
+    def test_a_step_that_was_not_taken_is_unknown(self, busy):
+        engine = busy()
+        with pytest.raises(UnknownStep, match="those after steps 0 to 4"):
+            engine.state_at(5)
+        with pytest.raises(UnknownStep):
+            engine.rewind(-1)
+        assert engine.history[-1].step == 4, "nothing was lost"
+
+
+class TestRewind:
+    @pytest.mark.parametrize("step", [1, 4, 6, 11, 17])
+    def test_the_continuation_is_the_same(self, busy, step):
+        engine = busy()
+        engine.run()
+        whole, last = said(engine), engine.history[-1].step
+        rewound = engine.rewind(step)
+        assert engine.history[-1].step == step and len(rewound.dropped) == last - step
+        if step < 5:  # the fourth request came after step 4
+            with pytest.raises(UnknownRequest):
+                engine.output("r3")
+            engine.add_request(PROMPTS[3], PARAMS[3], request_id="r3")
+        engine.run()
+        assert said(engine) == whole
+        assert rewound.num_equal == rewound.num_expected > 0 and not rewound.divergences
+
+    def test_outputs_are_cut_back_at_once(self, busy):
+        engine = busy()
+        was = {}
+        while engine.has_work:
+            record = engine.step()
+            was[record.step] = told(engine)
+        engine.rewind(9)
+        assert told(engine) == was[9]
+        snapshot = engine.snapshot()
+        assert not snapshot.running and snapshot.num_held_blocks == 0
+        assert {s.status for s in snapshot.waiting} <= {"preempted", "waiting"}
+        engine.step()
+        assert "the engine went back" in str(engine.why("r0"))
+
+    def test_it_can_be_done_again_and_again(self, busy):
+        engine = busy()
+        engine.run()
+        whole = said(engine)
+        for step in (15, 12, 8, 5):
+            engine.rewind(step)
+            engine.step(3)
+        engine.run()
+        assert said(engine) == whole
+
+    def test_a_request_that_came_later_is_gone_and_one_that_was_aborted_later_lives(self, make):
+        engine = make()
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a")
+        engine.step(3)
+        engine.abort("a")
+        ended = []
+        engine.add_request(PROMPTS[1], GREEDY, request_id="b", subscriber=ended.append)
+        engine.step(2)
+        engine.rewind(3)
+        assert ended[-1].outputs[0].finish_reason == "abort"
+        assert [s.seq_id for s in engine.snapshot().waiting] == ["a"]
+        engine.run()
+        assert len(engine.output("a").outputs[0].token_ids) == 24
+
+    def test_a_name_that_was_taken_again_is_the_earlier_request_again(self, make):
+        engine = make()
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a")
+        engine.run()
+        first = engine.output("a")
+        engine.add_request(PROMPTS[1], GREEDY, request_id="a")
+        engine.step(2)
+        engine.rewind(3)
+        engine.run()
+        again = engine.output("a")
+        assert again.prompt_token_ids == first.prompt_token_ids
+        assert again.outputs[0].token_ids == first.outputs[0].token_ids
+
+    def test_a_stream_goes_on_from_there(self, make):
+        engine = make()
+        delta = SamplingParams(
+            temperature=0, max_tokens=10, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+        )
+        parts = []
+        engine.add_request(PROMPTS[0], delta, request_id="a", subscriber=parts.append)
+        engine.step(8)
+        engine.rewind(5)
+        engine.run()
+        tokens = list(itertools.chain(*(p.outputs[0].token_ids for p in parts)))
+        whole = engine.output("a").outputs[0].token_ids
+        assert tokens == whole[:8] + whole[5:], "what came after step 5 came again"
+
+    def test_a_token_that_differs_is_reported_with_both_logits(self, make):
+        engine = make()
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a")
+        engine.run()
+        was = engine.output("a").outputs[0].token_ids
+        rewound = engine.rewind(5)
+        weight = engine.model.head.weight
+        weight[was[9]] *= -1  # the model has changed: this token's logit is another one
+        engine.run()
+        (divergence,) = rewound.divergences
+        now = engine.output("a").outputs[0].token_ids
+        assert now[: divergence.position] == was[: divergence.position]
+        assert (divergence.token_id, divergence.expected_token_id) == (
+            now[divergence.position],
+            was[divergence.position],
+        )
+        assert divergence.logit > divergence.expected_logit, "greedy takes the largest"
+        assert divergence.step == engine.history[divergence.step].step
+        assert f"was {divergence.expected_token_id}" in str(rewound)
+        assert not rewound.is_watching
+
+    def test_a_policy_that_raises_leaves_everything_as_it_is(self, busy):
+        engine = busy()
+        broken = False
+
+        class Policy:
+            def rank(self, sequence):
+                if broken:
+                    raise RuntimeError("the policy broke")
+                return 0
+
+        engine.set_policy(Policy)
+        engine.step(3)
+        before, broken = told(engine), True
+        with pytest.raises(RuntimeError, match="the policy broke"):
+            engine.rewind(2)
+        broken = False
+        assert told(engine) == before and engine.history[-1].step == 7
+        engine.run()
+        assert all(output[0][2] == "length" for output in told(engine))
+
+    def test_with_swapped_sequences(self, busy):
+        engine = busy(preemption_mode="swap", num_gpu_blocks_override=10)
+        engine.run()
+        whole = said(engine)
+        step = next(r.step for r in engine.history if r.swapped_out)
+        engine.rewind(step)
+        engine.run()
+        assert said(engine) == whole
+
+
+class TestBreakpoints:
+    @pytest.mark.parametrize(
+        ("name", "field"),
+        [
+            ("preemption", "preempted"),
+            ("finish", "finished"),
+            ("eviction", "evicted"),
+            ("copy_on_write", "copied"),
+            ("out_of_blocks", "waits"),
+            ("prefix_miss", "admitted"),
+        ],
+    )
+    def test_run_stops_exactly_there(self, busy, name, field):
+        engine = busy()
+        engine.rewind(0)
+        for i, params in enumerate(PARAMS):
+            engine.add_request(PROMPTS[i], params, request_id=f"r{i}")
+        engine.break_on(name)
+        record = engine.run()
+        assert engine.stopped_at.record is record and getattr(record, field)
+        assert engine.has_work
+        assert f"stopped at '{name}'" in str(engine.stopped_at)
+
+    def test_until_takes_the_same_names(self, busy):
+        engine = busy()
+        record = engine.run(until="finish")
+        assert record.finished and engine.stopped_at is None
+        with pytest.raises(InvalidField, match="the names are preemption"):
+            engine.run(until="preemtion")
+
+    def test_a_function_and_removal(self, busy):
+        engine = busy()
+        at = engine.break_on(lambda record: record.step in (6, 8))
+        assert engine.run().step == 6
+        assert engine.step(5).step == 8
+        assert at.num_hits == 2 and engine.breakpoints == (at,)
+        at.remove()
+        engine.run()
+        assert not engine.has_work and engine.stopped_at is None and not engine.breakpoints
+
+    def test_a_background_run_pauses_there(self, busy):
+        engine = busy()
+        engine.break_on("finish")
+        engine.start()
+        eventually(lambda: not engine.is_running)
+        assert engine.stopped_at.record.finished and engine.has_work
+
+    def test_a_condition_that_raises_stops_once_and_says_so(self, busy):
+        engine = busy()
+        engine.break_on(lambda record: record.nonsense)
+        assert engine.run().step == 5
+        assert "has no attribute 'nonsense'" in str(engine.stopped_at)
+        engine.run()
+        assert not engine.has_work
+
+    def test_whoever_waits_for_an_answer_still_gets_it(self, make):
+        engine = make()
+        engine.break_on(lambda record: True)
+        *_, last = engine.stream(PROMPTS[0], GREEDY)
+        assert last.finished and len(last.outputs[0].token_ids) == 24
+
+
+class TestTheBudgetLive:
+    def test_it_applies_from_the_next_step_on(self, make):
+        engine = make(max_num_batched_tokens=32)
+        engine.add_request(PROMPTS[1], GREEDY)
+        engine.set_max_num_batched_tokens(8)
+        assert engine.step().num_tokens == 8
+        engine.set_max_num_batched_tokens(32)
+        assert engine.step().num_tokens == 32
+
+    def test_no_more_than_there_are_buffers_for(self, make):
+        engine = make(max_num_batched_tokens=32)
+        with pytest.raises(InvalidField, match="started with 32"):
+            engine.set_max_num_batched_tokens(33)
+        with pytest.raises(InvalidField, match="positive"):
+            engine.set_max_num_batched_tokens(0)
