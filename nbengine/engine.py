@@ -290,9 +290,8 @@ class Engine:
             state = self._state_of(seq_id)
             if state is not None:
                 moved[state.request_id] = state
-                if state.metrics.first_token_time is None:
-                    state.metrics.first_token_time = now
-                state.metrics.last_token_time = now
+        for state in moved.values():
+            state.metrics.token_times.append(now)
         for finish in record.finished:
             state = self._state_of(finish.seq_id)
             if state is not None and state.finished:  # it may be an aborted one's successor
@@ -438,13 +437,21 @@ class Engine:
             UnknownRequest: it was never added, or finished long ago.
         """
 
-        def output() -> RequestOutput:
-            state = self._states.get(request_id) or self._finished.get(request_id)
-            if state is None:
-                raise UnknownRequest(f"no request {request_id!r}")
-            return state.output()
+        return self._call(lambda: self._known(request_id).output())
 
-        return self._call(output)
+    def _known(self, request_id: str) -> RequestState:
+        state = self._states.get(request_id) or self._finished.get(request_id)
+        if state is None:
+            raise UnknownRequest(f"no request {request_id!r}")
+        return state
+
+    def metrics(self, request_id: str) -> RequestMetrics:
+        """When a request came, was first worked on, and got each of its tokens.
+
+        Raises:
+            UnknownRequest: as `output`.
+        """
+        return self._call(lambda: self._known(request_id).metrics_now())
 
     # ------------------------------------------------------------------ running
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from nbengine.core.logprobs import Logprob
@@ -45,10 +46,18 @@ class RequestMetrics:
 
     arrival_time: float
     first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    last_token_time: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    """The end of each step that gave it output tokens: one a sample."""
     finished_time: float | None = None
     num_preemptions: int = 0
+
+    @property
+    def first_token_time(self) -> float | None:
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def last_token_time(self) -> float | None:
+        return self.token_times[-1] if self.token_times else None
 
     @property
     def time_in_queue(self) -> float | None:
@@ -59,6 +68,32 @@ class RequestMetrics:
     def ttft(self) -> float | None:
         """Time to first token, in seconds from arrival."""
         return _difference(self.first_token_time, self.arrival_time)
+
+    @property
+    def prefill_time(self) -> float | None:
+        """Seconds from the first step that worked on it to its first token."""
+        return _difference(self.first_token_time, self.first_scheduled_time)
+
+    @property
+    def inter_token_latencies(self) -> list[float]:
+        """Seconds between one output token (of every sample) and the next."""
+        return [later - earlier for earlier, later in pairwise(self.token_times)]
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first, in seconds: the mean of the latencies between."""
+        elapsed = _difference(self.last_token_time, self.first_token_time)
+        return elapsed / (len(self.token_times) - 1) if elapsed else None
+
+    def __str__(self) -> str:
+        def ms(seconds: float | None) -> str:
+            return "not yet" if seconds is None else f"{1e3 * seconds:.1f} ms"
+
+        return (
+            f"in the queue {ms(self.time_in_queue)}, prefill {ms(self.prefill_time)}, first token "
+            f"after {ms(self.ttft)}, then {ms(self.tpot)} a token; "
+            f"{self.num_preemptions} {'preemption' if self.num_preemptions == 1 else 'preemptions'}"
+        )
 
 
 def _difference(later: float | None, earlier: float | None) -> float | None:
@@ -259,10 +294,16 @@ class RequestState:
             None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             outputs,
             self.finished,
-            dataclasses.replace(
-                self.metrics, num_preemptions=sum(s.num_preemptions for s in sequences)
-            ),
+            self.metrics_now(),
             sequences[0].num_cached_tokens if sequences else 0,
+        )
+
+    def metrics_now(self) -> RequestMetrics:
+        """A copy."""
+        return dataclasses.replace(
+            self.metrics,
+            token_times=list(self.metrics.token_times),
+            num_preemptions=sum(seq.num_preemptions for seq in self.live.sequences),
         )
 
     @property
@@ -278,13 +319,14 @@ class RequestState:
     def rewound(self, live: LiveRequest) -> RequestState:
         """The same request cut back to `live`, an earlier state of it: text and logprobs of the
         tokens that it had then. A subscriber stays, and gets again what comes after them."""
-        metrics = dataclasses.replace(self.metrics, finished_time=None)
-        if not any(seq.output_token_ids for seq in live.sequences):
-            metrics.first_token_time = metrics.last_token_time = None
-            if all(seq.status is Status.WAITING for seq in live.sequences):
-                metrics.first_scheduled_time = None
+        num_tokens = max(len(seq.output_token_ids) for seq in live.sequences)
+        metrics = dataclasses.replace(
+            self.metrics, token_times=self.metrics.token_times[:num_tokens], finished_time=None
+        )
+        if all(seq.status is Status.WAITING for seq in live.sequences):
+            metrics.first_scheduled_time = None
         state = RequestState(live, self.prompt, self.tokenizer, metrics, self.subscriber)
-        if metrics.first_token_time is not None:
+        if num_tokens:
             state.prompt_logprobs = self.prompt_logprobs
         if isinstance(self.params, SamplingParams):
             for seq in live.sequences:

@@ -26,6 +26,8 @@ class History:
         self.nbytes = 0
         self._records: deque[StepRecord] = deque()
         self._keyframes: deque[Keyframe] = deque()
+        self.num_cuts = 0
+        """How often `cut` was called."""
         self._nbytes_since = 0  # of the records since the last keyframe
 
     def append(self, record: StepRecord) -> None:
@@ -77,6 +79,7 @@ class History:
 
     def cut(self, step: int) -> tuple[StepRecord, ...]:
         """Drop what came after step `step`; returns the records that did, oldest first."""
+        self.num_cuts += 1
         dropped: deque[StepRecord] = deque()
         while self._records and self._records[-1].step > step:
             dropped.appendleft(self._records.pop())

@@ -1,98 +1,85 @@
 // The block map on a canvas: one cell a KV block, coloured by the sequence that holds it.
 //
-// createBlockMap({palette}) returns {element, update(blocks), destroy()}. It knows nothing of the
-// kernel: a page test can drive it alone. Kinds differ in shape too: a held block is solid (the
-// last one of a sequence filled as far as it is used), a shared one carries a white diagonal, a
-// cached one is hatched, a free one is an outline. A block that was just taken is ringed for a
-// moment.
+// createBlockMap({palette, onPoint, onPick}) returns {element, update(blocks), highlight(id),
+// destroy()}. It knows nothing of the kernel: a page test can drive it alone. Kinds differ in shape
+// too: a held block is solid (the last one of a sequence filled as far as it is used), a shared one
+// carries a white diagonal, a cached one is hatched, a free one is an outline. A block that was just
+// taken is ringed for a moment; the table of a selected sequence is lit, and threaded in order.
+// Beyond some thousand blocks the cells become pixels of an image, of which only those that changed
+// are painted: 100,000 blocks stay smooth.
 
 const GAP = 1;
 const MIN_CELL = 3;
 const MAX_CELL = 32;
+const DENSE_CELL = 7; // from here down cells are pixels
 const MAP_HEIGHT = 230;
 const RING_MS = 450;
 const MAX_RINGED = 2048; // with more blocks, a ring is a speck that costs a redrawing
+const FREE = 0;
+const CACHED = 1;
+const HELD = 2;
+const SHARED = 3;
 
-// {owner, refs, fill, kind} arrays by block id, from every sequence's table in turn.
-// kind: 0 free, 1 cached, 2 held, 3 shared.
-export function blockStates({ numBlocks, blockSize, running, tables, cached }) {
-  const owner = new Int32Array(numBlocks).fill(-1);
-  const refs = new Uint16Array(numBlocks);
-  const fill = new Float32Array(numBlocks).fill(1);
-  const kind = new Uint8Array(numBlocks);
-  for (const block of cached) kind[block] = 1;
-  let start = 0;
-  running.forEach(([, , length, used], index) => {
-    for (let i = start; i < start + length; i++) {
-      const block = tables[i];
-      if (owner[block] < 0) owner[block] = index;
-      refs[block] += 1;
-      kind[block] = refs[block] > 1 ? 3 : 2;
-      if (i === start + length - 1) fill[block] = refs[block] > 1 ? 1 : used / blockSize;
-    }
-    start += length;
-  });
-  return { owner, refs, fill, kind };
-}
+const kindOf = (cell) => cell & 3;
+const refsOf = (cell) => (cell >> 2) & 255;
+const slotOf = (cell) => cell >>> 10;
 
-export function createBlockMap({ palette }) {
-  const element = document.createElement("div");
-  element.className = "nbe-map";
-  const canvas = document.createElement("canvas");
-  canvas.tabIndex = 0;
-  canvas.setAttribute("role", "img");
-  const readout = document.createElement("div");
-  readout.className = "nbe-readout";
-  readout.setAttribute("aria-live", "polite");
-  element.append(canvas, readout);
+function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
+  const canvas = h("canvas", { tabindex: 0, role: "img" });
+  const readout = h("div", { class: "nbe-readout", "aria-live": "polite" });
+  const element = h("div", {}, h("div", { class: "nbe-map" }, canvas), readout);
+  const scroller = element.firstElementChild;
 
   let blocks = null;
-  let states = null;
   let grid = null;
   let cursor = -1; // the block that the pointer or the arrow keys are on
-  let highlighted = null; // a sequence whose blocks stand out
+  let hovered = null; // a sequence whose blocks stand out
+  let fills = new Map(); // last block of a sequence -> slots in use
+  let place = new Map(); // block of the selected table -> its index there
+  let image = null; // {data, pixels, drawn, key}: what dense cells are painted into
   const rung = new Map(); // block to the time when it was taken
+  let kinds = null; // of every block, as last told
   let pending = 0;
 
-  // The blocks of the highlighted sequence, or null when none is.
-  function standingOut() {
-    let start = 0;
-    for (const [id, , length] of blocks.running) {
-      if (id === highlighted) return new Set(blocks.tables.subarray(start, start + length));
-      start += length;
-    }
-    return null;
-  }
-
-  const names = (block) => {
-    const found = [];
-    let start = 0;
-    for (const [id, , length] of blocks.running) {
-      if (blocks.tables.subarray(start, start + length).includes(block)) found.push(id);
-      start += length;
-    }
-    return found;
-  };
+  const nameOf = (slot) => blocks.names.get(slot)?.id ?? "?";
+  const colourOf = (slot) => palette[blocks.names.get(slot)?.colour ?? 0];
 
   function describe(block) {
-    const kind = states.kind[block];
-    if (kind === 0) return `block ${block}: free`;
-    if (kind === 1) {
-      const rank = blocks.cached.indexOf(block);
-      return `block ${block}: cached, held by nobody, ${rank === 0 ? "next" : `${rank} others before it`} to be evicted`;
+    const cell = blocks.cells[block];
+    const known = blocks.details && blocks.details.block === block ? blocks.details : null;
+    const parts = [];
+    switch (kindOf(cell)) {
+      case FREE:
+        parts.push("free");
+        break;
+      case CACHED: {
+        const rank = known?.to_be_evicted_after;
+        parts.push("cached, held by nobody");
+        if (rank != null) parts.push(rank === 0 ? "next to be evicted" : `${rank} others are evicted before it`);
+        break;
+      }
+      default: {
+        const refs = refsOf(cell);
+        const holders = known?.holders.length ? known.holders.join(", ") : nameOf(slotOf(cell)) + (refs > 1 ? " and others" : "");
+        const used = fills.get(block) ?? blocks.blockSize;
+        parts.push(`held by ${holders}`, `${refs} ${refs === 1 ? "reference" : "references"}`, `${used} of ${blocks.blockSize} slots used`);
+      }
     }
-    const used = Math.round(states.fill[block] * blocks.blockSize);
-    const holders = names(block).join(", ");
-    const refs = states.refs[block];
-    return `block ${block}: held by ${holders}; ${refs} ${refs === 1 ? "reference" : "references"}; ${used} of ${blocks.blockSize} slots used`;
+    if (known?.hash) parts.push(`hash ${known.hash.slice(0, 8)}`);
+    if (known?.since !== undefined) {
+      const age = blocks.step - known.since;
+      parts.push(`so since step ${known.since} (${age} ${age === 1 ? "step" : "steps"})`);
+    }
+    return `block ${block}: ${parts.join("; ")}`;
   }
 
   function layOut() {
+    const count = blocks.cells.length;
     const width = Math.max(160, element.clientWidth);
-    const ideal = Math.floor(Math.sqrt((width * MAP_HEIGHT) / blocks.numBlocks));
+    const ideal = Math.floor(Math.sqrt((width * MAP_HEIGHT) / count));
     const cell = Math.min(MAX_CELL, Math.max(MIN_CELL, ideal));
     const columns = Math.max(1, Math.floor(width / cell));
-    const rows = Math.ceil(blocks.numBlocks / columns);
+    const rows = Math.ceil(count / columns);
     return { cell, columns, rows, width: columns * cell, height: rows * cell };
   }
 
@@ -101,88 +88,164 @@ export function createBlockMap({ palette }) {
     if (!blocks || !element.clientWidth) return;
     grid = layOut();
     const ratio = window.devicePixelRatio || 1;
-    const [w, h] = [Math.round(grid.width * ratio), Math.round(grid.height * ratio)];
-    if (canvas.width !== w || canvas.height !== h) {
-      canvas.width = w;
-      canvas.height = h;
+    const [width, height] = [Math.round(grid.width * ratio), Math.round(grid.height * ratio)];
+    if (canvas.width !== width || canvas.height !== height) {
+      canvas.width = width;
+      canvas.height = height;
       canvas.style.width = `${grid.width}px`;
       canvas.style.height = `${grid.height}px`;
     }
-    const { cell, columns } = grid;
     const context = canvas.getContext("2d");
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.clearRect(0, 0, grid.width, grid.height);
     // The theme is read at every drawing: it may change, and is not always set at the first.
     const ink = getComputedStyle(canvas).color;
+    const { cell, columns } = grid;
     const side = cell - (cell > 6 ? 2 * GAP : GAP);
     const left = (block) => (block % columns) * cell + (cell - side) / 2;
     const top = (block) => Math.floor(block / columns) * cell + (cell - side) / 2;
-    paintIdle(context, ink, side, left, top);
-    paintHeld(context, side, left, top);
-    if (side >= 15) paintLabels(context, ink, side, left, top);
-    paintRings(context, ink, side, left, top);
-    if (cursor >= 0 && cursor < blocks.numBlocks) {
+    if (cell < DENSE_CELL) {
+      context.setTransform(1, 0, 0, 1, 0, 0);
+      paintDense(context, ink, ratio);
+      context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    } else {
+      context.setTransform(ratio, 0, 0, ratio, 0, 0);
+      context.clearRect(0, 0, grid.width, grid.height);
+      paintIdle(context, ink, side, left, top);
+      paintHeld(context, side, left, top);
+      if (side >= 15) paintLabels(context, ink, side, left, top);
+      paintRings(context, ink, side, left, top);
+    }
+    paintThread(context, ink, cell, left, top, side);
+    if (cursor >= 0 && cursor < blocks.cells.length) {
       context.strokeStyle = ink;
       context.lineWidth = 2;
-      context.strokeRect(left(cursor), top(cursor), side, side);
-      readout.textContent = describe(cursor);
+      context.strokeRect(left(cursor) - 0.5, top(cursor) - 0.5, side + 1, side + 1);
+      setText(readout, describe(cursor));
     } else {
-      readout.textContent = "";
+      setText(readout, "");
     }
     if (rung.size) schedule();
   }
+
+  // ---------------------------------------------------------------- many blocks: pixels
+
+  function paintDense(context, ink, ratio) {
+    const { cell, columns } = grid;
+    const { cells } = blocks;
+    const chosen = standingOut();
+    const key = [canvas.width, canvas.height, ink, ratio, cells.length, hovered, blocks.selected].join();
+    if (!image || image.key !== key) {
+      const data = context.createImageData(canvas.width, canvas.height);
+      image = { key, data, pixels: new Uint32Array(data.data.buffer), drawn: null };
+    }
+    const { pixels, drawn, data } = image;
+    const rgb = channels(context, ink);
+    const size = Math.max(2, Math.round(cell * ratio) - 1);
+    const [white, transparent] = [pack([255, 255, 255], 255), 0];
+    const colours = new Map();
+    let [lowest, highest] = [canvas.height, 0];
+    for (let block = 0; block < cells.length; block++) {
+      const value = cells[block];
+      if (drawn !== null && drawn[block] === value) continue;
+      const kind = kindOf(value);
+      let solid = pack(rgb, 24);
+      let mark = solid;
+      if (kind === CACHED) {
+        solid = transparent;
+        mark = pack(rgb, 150);
+      } else if (kind >= HELD) {
+        const slot = slotOf(value);
+        const alpha = chosen === null || chosen(block, slot) ? 255 : 45;
+        const name = slot * 256 + alpha;
+        solid = colours.get(name) ?? pack(channels(context, colourOf(slot)), alpha);
+        colours.set(name, solid);
+        mark = kind === SHARED ? white : solid;
+      }
+      const x0 = Math.round((block % columns) * cell * ratio);
+      const y0 = Math.round(Math.floor(block / columns) * cell * ratio);
+      for (let y = 0; y < size; y++) {
+        let at = (y0 + y) * canvas.width + x0;
+        for (let x = 0; x < size; x++) pixels[at++] = x + y === size - 1 ? mark : solid;
+      }
+      lowest = Math.min(lowest, y0);
+      highest = Math.max(highest, y0 + size);
+    }
+    image.drawn = cells.slice();
+    // What lies over the image (cursor, thread) goes with it; so all of it is put back.
+    context.putImageData(data, 0, 0);
+    canvas.dataset.painted = Math.max(0, highest - lowest);
+  }
+
+  const known = new Map();
+  function channels(context, colour) {
+    if (!known.has(colour)) {
+      context.fillStyle = colour;
+      const text = context.fillStyle; // #rrggbb, or rgba(...)
+      known.set(
+        colour,
+        text.startsWith("#")
+          ? [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16))
+          : text.match(/[\d.]+/g).slice(0, 3).map(Number),
+      );
+    }
+    return known.get(colour);
+  }
+  const pack = ([r, g, b], alpha) => ((alpha << 24) | (b << 16) | (g << 8) | r) >>> 0; // little-endian
+
+  // Whether a block belongs to what is looked at; null when nothing is.
+  function standingOut() {
+    if (hovered !== null) return (_, slot) => nameOf(slot) === hovered;
+    if (blocks.selected !== null && place.size) return (block) => place.has(block);
+    return null;
+  }
+
+  // ---------------------------------------------------------------- some blocks: shapes
 
   // Free and cached blocks; as paths, because a call a block is slow for many blocks.
   function paintIdle(context, ink, side, left, top) {
     const free = new Path2D();
     const cached = new Path2D();
     const stride = Math.max(3, side / 3);
-    for (let block = 0; block < blocks.numBlocks; block++) {
-      const kind = states.kind[block];
-      if (kind > 1) continue;
+    blocks.cells.forEach((value, block) => {
+      const kind = kindOf(value);
+      if (kind > CACHED) return;
       const [x, y] = [left(block), top(block)];
-      const path = kind === 1 ? cached : free;
-      if (side < 7) {
-        path.rect(x, y, side, side);
-        continue;
-      }
+      const path = kind === CACHED ? cached : free;
       path.rect(x + 0.5, y + 0.5, side - 1, side - 1);
-      for (let d = stride; kind === 1 && d < 2 * side; d += stride) {
+      for (let d = stride; kind === CACHED && d < 2 * side; d += stride) {
         path.moveTo(x + Math.max(0, d - side), y + Math.min(side, d));
         path.lineTo(x + Math.min(side, d), y + Math.max(0, d - side));
       }
-    }
+    });
     context.lineWidth = 1;
-    context.fillStyle = context.strokeStyle = ink;
-    context.globalAlpha = side < 7 ? 0.1 : 0.18;
-    side < 7 ? context.fill(free) : context.stroke(free);
+    context.strokeStyle = ink;
+    context.globalAlpha = 0.18;
+    context.stroke(free);
     context.globalAlpha = 0.55;
-    side < 7 ? context.fill(cached) : context.stroke(cached);
+    context.stroke(cached);
     context.globalAlpha = 1;
   }
 
   function paintHeld(context, side, left, top) {
     const chosen = standingOut();
     const shared = new Path2D();
-    let start = 0;
-    blocks.running.forEach(([, colour, length], index) => {
-      context.fillStyle = palette[colour];
-      for (const block of blocks.tables.subarray(start, start + length)) {
-        if (states.owner[block] !== index) continue;
-        const [x, y, full] = [left(block), top(block), states.fill[block]];
-        const ink = chosen !== null && !chosen.has(block) ? 0.15 : 1;
-        context.globalAlpha = full < 1 && side >= 7 ? 0.3 * ink : ink;
-        context.fillRect(x, y, side, side);
-        if (full < 1 && side >= 7) {
-          context.globalAlpha = ink;
-          context.fillRect(x, y + side * (1 - full), side, side * full);
-        }
-        if (states.kind[block] === 3) {
-          shared.moveTo(x, y + side);
-          shared.lineTo(x + side, y);
-        }
+    blocks.cells.forEach((value, block) => {
+      const kind = kindOf(value);
+      if (kind < HELD) return;
+      const slot = slotOf(value);
+      const [x, y] = [left(block), top(block)];
+      const full = kind === SHARED ? 1 : (fills.get(block) ?? blocks.blockSize) / blocks.blockSize;
+      const ink = chosen === null || chosen(block, slot) ? 1 : 0.15;
+      context.fillStyle = colourOf(slot);
+      context.globalAlpha = full < 1 ? 0.3 * ink : ink;
+      context.fillRect(x, y, side, side);
+      if (full < 1) {
+        context.globalAlpha = ink;
+        context.fillRect(x, y + side * (1 - full), side, side * full);
       }
-      start += length;
+      if (kind === SHARED) {
+        shared.moveTo(x, y + side);
+        shared.lineTo(x + side, y);
+      }
     });
     context.globalAlpha = 1;
     context.strokeStyle = "#fff";
@@ -191,17 +254,22 @@ export function createBlockMap({ palette }) {
   }
 
   function paintLabels(context, ink, side, left, top) {
+    const chosen = standingOut();
     context.textAlign = "center";
     context.textBaseline = "middle";
-    for (let block = 0; block < blocks.numBlocks; block++) {
-      if (states.kind[block] !== 2) continue;
-      const label = blocks.running[states.owner[block]][0].replace(/^req-/, "");
-      if (label.length > 4) continue;
+    blocks.cells.forEach((value, block) => {
+      const index = place.get(block);
+      if (kindOf(value) !== HELD && index === undefined) return;
+      const label = index !== undefined ? String(index) : nameOf(slotOf(value)).replace(/^req-/, "");
+      if (label.length > 4) return;
       const size = Math.min(12, (side * 0.5 * 3) / Math.max(3, label.length + 0.5));
+      const used = fills.get(block) ?? blocks.blockSize;
       context.font = `600 ${size}px system-ui, sans-serif`;
-      context.fillStyle = states.fill[block] < 0.6 ? ink : "#fff";
+      context.globalAlpha = chosen === null || chosen(block, slotOf(value)) ? 1 : 0.3;
+      context.fillStyle = used / blocks.blockSize < 0.6 ? ink : "#fff";
       context.fillText(label, left(block) + side / 2, top(block) + side / 2 + 0.5);
-    }
+    });
+    context.globalAlpha = 1;
   }
 
   function paintRings(context, ink, side, left, top) {
@@ -219,31 +287,65 @@ export function createBlockMap({ palette }) {
     context.globalAlpha = 1;
   }
 
+  // The selected table, block after block.
+  function paintThread(context, ink, cell, left, top, side) {
+    if (place.size < 2) return;
+    context.beginPath();
+    for (const block of place.keys()) context.lineTo(left(block) + side / 2, top(block) + side / 2);
+    context.strokeStyle = ink;
+    context.lineWidth = cell < DENSE_CELL ? 1 : 1.5;
+    context.globalAlpha = 0.45;
+    context.setLineDash([4, 3]);
+    context.stroke();
+    context.setLineDash([]);
+    context.globalAlpha = 1;
+  }
+
   function schedule() {
     if (!pending) pending = requestAnimationFrame(draw);
   }
 
   function point(block) {
+    if (block === cursor) return;
     cursor = block;
+    onPoint(block < 0 ? null : block);
     schedule();
   }
 
-  canvas.addEventListener("pointermove", (event) => {
-    if (!grid) return;
+  function blockAt(event) {
+    if (!grid) return -1;
     const column = Math.floor(event.offsetX / grid.cell);
     const block = Math.floor(event.offsetY / grid.cell) * grid.columns + column;
-    point(column < grid.columns && block < blocks.numBlocks ? block : -1);
-  });
+    return column < grid.columns && block >= 0 && block < blocks.cells.length ? block : -1;
+  }
+
+  canvas.addEventListener("pointermove", (event) => point(blockAt(event)));
   canvas.addEventListener("pointerleave", () => point(-1));
   canvas.addEventListener("blur", () => point(-1));
+  canvas.addEventListener("click", (event) => {
+    const block = blockAt(event);
+    if (block >= 0) onPick(block);
+  });
   canvas.addEventListener("keydown", (event) => {
     if (!grid) return;
+    if (event.key === "Enter" && cursor >= 0) {
+      event.preventDefault();
+      onPick(cursor);
+      return;
+    }
     const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -grid.columns, ArrowDown: grid.columns };
     const move = moves[event.key];
     if (move === undefined) return;
     event.preventDefault();
     const next = cursor < 0 ? 0 : cursor + move;
-    if (next >= 0 && next < blocks.numBlocks) point(next);
+    if (next >= 0 && next < blocks.cells.length) {
+      point(next);
+      const y = Math.floor(next / grid.columns) * grid.cell;
+      if (y < scroller.scrollTop) scroller.scrollTop = y;
+      if (y + grid.cell > scroller.scrollTop + scroller.clientHeight) {
+        scroller.scrollTop = y + grid.cell - scroller.clientHeight;
+      }
+    }
   });
 
   const resized = new ResizeObserver(schedule);
@@ -256,34 +358,36 @@ export function createBlockMap({ palette }) {
 
   return {
     element,
-    // blocks: {numBlocks, blockSize, running: [[id, colour, length of table, slots used in its
-    // last block]], tables: Uint32Array, cached: Uint32Array}
+    // blocks: {cells: Uint32Array (kind | references << 2 | slot << 10), names: Map of slot to
+    // {id, colour}, blockSize, step, tails: Uint32Array of pairs (last block of a sequence, slots in
+    // use), selected: an id or null, table: Uint32Array, its blocks in order, details: of one block}
     update(next) {
-      const before = states;
+      const before = blocks?.cells.length === next.cells.length ? kinds : null;
       blocks = next;
-      states = blockStates(next);
-      if (before && before.kind.length === states.kind.length && !calm && next.numBlocks <= MAX_RINGED) {
-        const now = performance.now();
-        for (let block = 0; block < next.numBlocks; block++) {
-          if (states.kind[block] >= 2 && before.kind[block] < 2) rung.set(block, now);
-        }
-      }
-      let shared = 0;
-      let held = 0;
-      for (const kind of states.kind) {
-        held += kind >= 2;
-        shared += kind === 3;
+      fills = new Map();
+      for (let i = 0; i < next.tails.length; i += 2) fills.set(next.tails[i], next.tails[i + 1]);
+      place = new Map();
+      if (next.selected !== null) next.table.forEach((block, index) => place.set(block, index));
+      const now = performance.now();
+      const rings = before !== null && !calm && next.cells.length <= MAX_RINGED;
+      kinds = new Uint8Array(next.cells.length);
+      const counts = [0, 0, 0, 0];
+      for (let block = 0; block < kinds.length; block++) {
+        const kind = kindOf(next.cells[block]);
+        kinds[block] = kind;
+        counts[kind] += 1;
+        if (rings && kind >= HELD && before[block] < HELD) rung.set(block, now);
       }
       canvas.setAttribute(
         "aria-label",
-        `KV blocks: ${held} held, ${shared} of them shared, ${next.cached.length} cached, ` +
-          `${next.numBlocks - held - next.cached.length} free, of ${next.numBlocks}. ` +
-          "Arrow keys tell about single blocks.",
+        `KV blocks: ${counts[HELD] + counts[SHARED]} held, ${counts[SHARED]} of them shared, ` +
+          `${counts[CACHED]} cached, ${counts[FREE]} free, of ${kinds.length}. ` +
+          "Arrow keys tell about single blocks, Enter shows their tokens.",
       );
       schedule();
     },
     highlight(id) {
-      highlighted = id;
+      hovered = id;
       schedule();
     },
     destroy() {

@@ -1,53 +1,16 @@
-// The dashboard's page: controls, queues, block map, step log. It follows block_map.js in one
+// The dashboard's page: controls and every view of the engine. It follows the other files in one
 // module. It draws the latest frame when the browser paints, acknowledges it, and sends what the
 // user asks for as messages; it decides nothing.
 
-// An element with attributes, properties (those that start with a dot) and children.
-function h(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith(".")) node[name.slice(1)] = value;
-    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
-
-// Make `parent`'s children those of `items`, by key, changing only what differs: a button keeps
-// its focus, and a selection survives, while rows around it come and go.
-function reconcile(parent, items, keyOf, make, update) {
-  const old = new Map([...parent.children].map((node) => [node.dataset.key, node]));
-  let place = parent.firstElementChild;
-  for (const item of items) {
-    const key = keyOf(item);
-    let node = old.get(key);
-    if (node) old.delete(key);
-    else {
-      node = make(item);
-      node.dataset.key = key;
-    }
-    update(node, item);
-    if (node === place) place = place.nextElementSibling;
-    else parent.insertBefore(node, place);
-  }
-  for (const node of old.values()) node.remove();
-}
-
-function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-function uint32(view) {
-  // Copied: a buffer out of a message need not be aligned.
-  const { buffer, byteOffset, byteLength } = view;
-  return new Uint32Array(buffer.slice(byteOffset, byteOffset + byteLength));
-}
+const CONDITIONS = ["preemption", "finish", "prefix_miss", "out_of_blocks", "eviction", "copy_on_write"];
+const POLICIES = { fcfs: "Fcfs", priority: "Priority", sjf: "ShortestJobFirst" };
+const ASK_BLOCK_MS = 60; // the pointer rests so long before a block is asked about
 
 function render({ model, el }) {
   const palette = model.get("palette");
   const send = (type, fields = {}) => model.send({ type, ...fields });
   el.dataset.lmSuppressShortcuts = "true"; // the notebook's keys are not for our inputs
+  const store = createStore();
 
   // ---------------------------------------------------------------- controls
   const button = (label, title, act) =>
@@ -56,12 +19,41 @@ function render({ model, el }) {
   const steps = button("Step ×10", "Take ten steps", () => send("step", { n: 10 }));
   const run = button("Run", "Step in the background until paused", () => send("run"));
   const pause = button("Pause", "Stop stepping in the background", () => send("pause"));
+  const until = h(
+    "select",
+    {
+      "aria-label": "Run until",
+      title: "Run in the background until this happens",
+      onchange: () => {
+        if (until.value) send("run", { until: until.value });
+        until.value = "";
+      },
+    },
+    h("option", { value: "" }, "Run until…"),
+    ...CONDITIONS.map((name) => h("option", { value: name }, name.replaceAll("_", " "))),
+  );
+  const rewind = button("Rewind to cursor", "Go back to the step under the timeline's cursor; what came after it is dropped", () => {
+    if (store.cursor !== null) send("rewind", { step: store.cursor });
+  });
   const mode = h("span", { class: "nbe-mode", role: "status" });
   const facts = h("span", { class: "nbe-facts" });
+  const policy = h(
+    "select",
+    { "aria-label": "Policy", title: "Scheduling policy, from the next step on", onchange: () => send("policy", { name: policy.value }) },
+    ...Object.keys(POLICIES).map((name) => h("option", { value: name }, name)),
+  );
+  const custom = h("option", { value: "", disabled: true });
+  const budget = h("input", {
+    type: "number", min: 1, step: 1, "aria-label": "Token budget", title: "max_num_batched_tokens, from the next step on",
+    onchange: () => send("budget", { tokens: budget.valueAsNumber }),
+  });
   const bar = h(
     "div",
     { class: "nbe-bar", role: "toolbar", "aria-label": "Engine controls" },
-    step, steps, run, pause, mode, facts,
+    step, steps, run, pause, until, rewind,
+    h("label", {}, "policy ", policy),
+    h("label", {}, "token budget ", budget),
+    mode, facts,
   );
 
   const prompt = h("input", { type: "text", placeholder: "Add a request…", "aria-label": "Prompt", class: "nbe-prompt" });
@@ -98,23 +90,41 @@ function render({ model, el }) {
   });
   const notice = h("div", { class: "nbe-notice", role: "alert", ".hidden": true });
 
-  // ---------------------------------------------------------------- requests
-  const live = h("tbody");
-  const ended = h("tbody", { class: "nbe-ended" });
-  const requests = h(
-    "section",
-    { class: "nbe-requests", "aria-label": "Requests", tabindex: 0 },
-    h(
-      "table",
-      {},
-      h("thead", {}, h("tr", {}, ...["request", "state", "tokens", "blocks", "text", ""].map((t) => h("th", { scope: "col" }, t)))),
-      live,
-      ended,
-    ),
-  );
-  const nobody = h("div", { class: "nbe-empty" }, "No requests. Type a prompt above, or call engine.add_request(…).");
-  const more = h("div", { class: "nbe-empty" });
-  requests.append(nobody, more);
+  // ---------------------------------------------------------------- what the page looks at
+  // The cursor and the selection live in the kernel, so that every page of the dashboard agrees; this
+  // page shows its own wish at once. One wish is on its way at a time: the latest follows the answer.
+  let wish; // a step, null, or undefined: none that the kernel has not heard of
+  let isAsking = false;
+  let asked = null; // {step, at}: what was asked for last, until the kernel says so too
+  function setCursor(to) {
+    wish = to;
+    if (to === null) store.past = null;
+    store.cursor = to;
+    ask();
+    schedule();
+  }
+  function ask() {
+    if (isAsking || wish === undefined) return;
+    isAsking = true;
+    asked = { step: wish, at: performance.now() };
+    send("cursor", { step: wish });
+    wish = undefined;
+  }
+  function select(id) {
+    store.selected = id;
+    send("select", { id });
+    schedule();
+  }
+  const onMissing = (first, last) => send("steps", { first, last });
+
+  // ---------------------------------------------------------------- views
+  const queues = createQueues({
+    palette,
+    onWhy: (id) => send("why", { id }),
+    onAbort: (id) => send("abort", { id }),
+    onSelect: select,
+    onHover: (id) => map.highlight(id),
+  });
   const reasons = h("div", { role: "status" });
   const explanation = h(
     "div",
@@ -123,73 +133,31 @@ function render({ model, el }) {
     h("button", { type: "button", class: "nbe-small", "aria-label": "Close the explanation", onclick: () => send("why", { id: null }) }, "✕"),
   );
 
-  function makeRow(item) {
-    const id = item.id;
-    return h(
-      "tr",
-      { onpointerenter: () => map.highlight(id), onpointerleave: () => map.highlight(null) },
-      h("th", { scope: "row" }, h("i", { class: "nbe-swatch", style: `background:${palette[item.colour]}` }), id),
-      h("td", { class: "nbe-state" }),
-      h(
-        "td",
-        { class: "nbe-tokens" },
-        h("div", { class: "nbe-progress", role: "progressbar", "aria-label": `${id}: tokens computed`, "aria-valuemin": 0 }, h("i"), h("b")),
-        h("small"),
-      ),
-      h("td", { class: "nbe-number" }),
-      h("td", { class: "nbe-text" }, h("div", {}, h("span"))),
-      h(
-        "td",
-        { class: "nbe-actions" },
-        h("button", { type: "button", class: "nbe-small", title: `Why is ${id} where it is?`, "aria-label": `Why ${id}`, onclick: () => send("why", { id }) }, "?"),
-        h("button", { type: "button", class: "nbe-small", title: `Abort ${id}`, "aria-label": `Abort ${id}`, onclick: () => send("abort", { id: item.request }) }, "✕"),
-      ),
-    );
+  let pinned = null;
+  let asking = 0;
+  function askBlock(block) {
+    clearTimeout(asking);
+    asking = setTimeout(() => send("block", { block }), ASK_BLOCK_MS);
   }
-
-  function updateRow(row, item) {
-    const [, state, tokens, blocks, text] = row.children;
-    row.className = `nbe-${item.status}`;
-    setText(state, item.status);
-    state.title = item.num_preemptions ? `preempted ${item.num_preemptions} times` : "";
-    const [progress, numbers] = tokens.children;
-    progress.setAttribute("aria-valuemax", item.max_tokens);
-    progress.setAttribute("aria-valuenow", item.num_computed);
-    const [promptPart, outputPart] = progress.children;
-    const share = (n) => `${(100 * n) / item.max_tokens}%`;
-    promptPart.style.width = share(Math.min(item.num_prompt, item.num_computed));
-    outputPart.style.width = share(Math.max(0, item.num_computed - item.num_prompt));
-    outputPart.style.background = palette[item.colour];
-    promptPart.style.background = palette[item.colour];
-    const output = item.num_tokens - item.num_prompt;
-    const prefill = item.num_computed < item.num_prompt ? `${item.num_computed}/` : "";
-    const hit = item.num_cached ? ` (${item.num_cached} cached)` : "";
-    setText(numbers, `${prefill}${item.num_prompt}${hit} + ${output}`);
-    setText(blocks, String(item.num_blocks));
-    const line = text.firstElementChild.firstElementChild;
-    setText(line, item.text);
-    if (item.why) line.append(h("em", {}, (item.text ? " · " : "") + item.why));
-  }
-
-  const makeEnded = (item) =>
-    h(
-      "tr",
-      {},
-      h("th", { scope: "row" }, h("i", { class: "nbe-swatch", style: `background:${palette[item.colour]}` }), item.id),
-      h("td", { class: "nbe-state" }, `finished (${item.reason})`),
-      h("td", { class: "nbe-tokens" }, h("small", {}, `${item.num_prompt}${item.num_cached ? ` (${item.num_cached} cached)` : ""} + ${item.num_output}`)),
-      h("td", { class: "nbe-number" }),
-      h("td", { class: "nbe-text", colspan: 2 }, h("div", {}, h("span", {}, item.text))),
-    );
-
-  // ---------------------------------------------------------------- blocks
-  const map = createBlockMap({ palette });
+  const map = createBlockMap({
+    palette,
+    onPoint: (block) => {
+      if (block !== null || pinned !== null) askBlock(block ?? pinned);
+    },
+    onPick: (block) => {
+      pinned = pinned === block ? null : block;
+      askBlock(pinned);
+      schedule();
+    },
+  });
   const counts = h("span", { class: "nbe-counts" });
+  const tokens = h("div", { class: "nbe-block", role: "region", "aria-label": "Block", ".hidden": true });
   const blocks = h(
     "section",
     { "aria-label": "KV blocks" },
     h("h4", {}, "KV blocks ", counts),
     map.element,
+    tokens,
     h(
       "div",
       { class: "nbe-legend" },
@@ -200,49 +168,30 @@ function render({ model, el }) {
     ),
   );
 
-  // ---------------------------------------------------------------- steps
-  const log = h("tbody");
-  const steplog = h(
-    "section",
-    { class: "nbe-log", "aria-label": "Step log", tabindex: 0 },
-    h(
-      "table",
-      {},
-      h("thead", {}, h("tr", {}, ...["step", "token budget", "ms", "events"].map((t) => h("th", { scope: "col" }, t)))),
-      log,
-    ),
-  );
-  const makeStep = (item) =>
-    h(
-      "tr",
-      { class: item.failed ? "nbe-failed" : "" },
-      h("td", {}, String(item.step)),
-      h(
-        "td",
-        {},
-        h(
-          "div",
-          { class: "nbe-budget", role: "img", "aria-label": `${item.num_tokens} of ${item.budget} tokens` },
-          ...item.parts.map(([colour, n, id]) =>
-            h("i", {
-              title: `${id || "others"}: ${n} ${n === 1 ? "token" : "tokens"}`,
-              style: `flex:${n} 0 2px;max-width:${Math.max(2, (100 * n) / item.budget)}%;background:${colour < 0 ? "currentColor" : palette[colour]}`,
-            }),
-          ),
-        ),
-        h("small", {}, `${item.num_tokens}/${item.budget}`),
-      ),
-      h("td", {}, item.ms.toFixed(1)),
-      h("td", {}, item.events.join("; ")),
-    );
+  const timeline = createTimeline({
+    palette,
+    onCursor: setCursor,
+    onSelect: select,
+    onMissing,
+    onRange: (from, to) => {
+      range = from === null || from === undefined ? null : [from, to];
+      schedule();
+    },
+  });
+  let range = null;
+  const charts = createCharts({ palette, onCursor: setCursor, onMissing });
+  const card = h("div", { class: "nbe-card" });
+  const inspector = h("section", { "aria-label": "Step inspector" }, h("h4", {}, "Step"), card);
 
   const root = h(
     "div",
     { class: "nbe" },
     bar, form, notice,
+    h("section", { "aria-label": "Timeline" }, h("h4", {}, "Timeline"), timeline.element),
+    h("section", { "aria-label": "Charts" }, charts.element),
+    h("div", { class: "nbe-columns" }, blocks, inspector),
     h("h4", {}, "Requests"),
-    requests, explanation,
-    h("div", { class: "nbe-columns" }, blocks, h("div", {}, h("h4", {}, "Steps"), steplog)),
+    queues.element, explanation,
   );
   el.append(root);
 
@@ -250,65 +199,137 @@ function render({ model, el }) {
   let pending = 0;
   let drawn = 0;
 
-  function draw() {
-    pending = 0;
-    const text = model.get("state");
-    if (!text) return;
-    const state = JSON.parse(text);
-    const tables = uint32(model.get("tables"));
-    const cached = uint32(model.get("cached"));
-
-    setText(mode, state.is_running ? "running" : "paused");
-    mode.classList.toggle("nbe-on", state.is_running);
+  function drawBar(live, isPast) {
+    setText(mode, live.is_running ? "running" : "paused");
+    mode.classList.toggle("nbe-on", live.is_running);
+    run.setAttribute("aria-pressed", live.is_running);
+    rewind.disabled = !isPast;
+    const known = Object.entries(POLICIES).find(([, name]) => name === live.policy);
+    if (!known) {
+      setText(custom, live.policy);
+      if (!custom.isConnected) policy.append(custom);
+    }
+    if (document.activeElement !== policy) policy.value = known ? known[0] : "";
+    budget.max = live.max_budget;
+    if (document.activeElement !== budget) budget.value = live.budget;
+    const hits = live.hit_rate === null ? "" : ` · ${Math.round(100 * live.hit_rate)}% of prompt tokens from the prefix cache`;
     setText(
       facts,
-      `step ${state.step} · ${state.policy} · ${state.num_running} running, ${state.num_waiting} waiting · ${state.tokens_per_second.toFixed(0)} tokens/s`,
+      `step ${live.step} · ${live.num_running} running, ${live.num_waiting} waiting · ${live.tokens_per_second.toFixed(0)} tokens/s${hits}`,
     );
-    root.dataset.step = state.step;
-    root.dataset.answered = state.num_answered;
-    root.dataset.running = state.is_running;
-    run.setAttribute("aria-pressed", state.is_running);
-
-    notice.hidden = !state.notice;
-    if (state.notice && notice.dataset.text !== state.notice.text) {
-      notice.dataset.text = state.notice.text;
-      notice.replaceChildren(
-        h("span", {}, state.notice.text),
-        state.notice.detail ? h("details", {}, h("summary", {}, "traceback"), h("pre", {}, state.notice.detail)) : null ?? "",
-      );
-    }
-    if (!state.notice) notice.dataset.text = "";
-
-    reconcile(live, state.sequences, (item) => item.id, makeRow, updateRow);
-    reconcile(ended, state.finished, (item) => `${item.id}`, makeEnded, () => {});
-    nobody.hidden = state.sequences.length + state.finished.length > 0;
-    setText(more, state.num_more_sequences ? `and ${state.num_more_sequences} more` : "");
-    explanation.hidden = !state.explanation;
-    if (state.explanation) setText(reasons, state.explanation);
-
-    setText(
-      counts,
-      `${state.num_held} held · ${state.num_cached} cached · ${state.num_blocks - state.num_held - state.num_cached} free of ${state.num_blocks} blocks of ${state.block_size} tokens`,
-    );
-    map.update({ numBlocks: state.num_blocks, blockSize: state.block_size, running: state.running, tables, cached });
-    reconcile(log, state.log, (item) => String(item.step), makeStep, () => {});
-    drawn = state.seq;
-    send("drawn", { seq: drawn });
   }
 
-  // One drawing a paint, of the latest frame. A hidden page does not paint, so it acknowledges
-  // nothing and is sent nothing.
+  function drawNotice(live) {
+    const found = store.notice ?? (live.stopped && !live.is_running ? { text: live.stopped, detail: "" } : null);
+    notice.hidden = !found;
+    const key = found ? found.text + found.detail : "";
+    if (notice.dataset.text === key) return;
+    notice.dataset.text = key;
+    if (!found) return;
+    notice.replaceChildren(
+      h("span", {}, found.text),
+      ...(found.detail ? [h("details", {}, h("summary", {}, "traceback"), h("pre", {}, found.detail))] : []),
+    );
+  }
+
+  function drawTokens() {
+    const block = store.block;
+    tokens.hidden = pinned === null || !block || block.block !== pinned;
+    if (tokens.hidden) return;
+    const where = block.index === null ? "" : `, block ${block.index} of ${block.holders.length > 1 ? "their tables" : "its table"}`;
+    const who = block.holders.length ? `${block.kind}: ${block.holders.join(", ")}${where}` : block.kind;
+    const hash = block.hash ? ` · hash ${block.hash}${block.salted ? " (salted)" : ""}` : "";
+    const texts = block.texts.length ? block.texts : block.token_ids.map(String);
+    const key = JSON.stringify([block.block, who, hash, texts]);
+    if (tokens.dataset.text === key) return;
+    tokens.dataset.text = key;
+    tokens.replaceChildren(
+      h("div", { class: "nbe-block-head" }, h("b", {}, `Block ${block.block}`), ` ${who}${hash} · ${block.token_ids.length} tokens`,
+        h("button", { type: "button", class: "nbe-small", "aria-label": "Close the block", onclick: () => { pinned = null; schedule(); } }, "✕")),
+      h("div", { class: "nbe-token-list" }, ...texts.map((text, i) => h("span", { title: `token ${block.token_ids[i]}` }, text.replaceAll("\n", "⏎\n") || "·"))),
+    );
+  }
+
+  function draw() {
+    pending = 0;
+    const { live } = store;
+    if (!live) return;
+    const isPast = store.cursor !== null;
+    const now = store.now();
+    root.classList.toggle("nbe-past", isPast);
+    drawBar(live, isPast);
+    drawNotice(live);
+    queues.update({
+      sequences: now.sequences,
+      finished: live.finished,
+      selected: store.selected,
+      isPast,
+      numMore: now.num_running + now.num_waiting - now.sequences.length,
+    });
+    explanation.hidden = !store.explanation;
+    if (store.explanation) setText(reasons, store.explanation);
+    setText(
+      counts,
+      `${now.num_held} held · ${now.num_cached} cached · ${live.num_blocks - now.num_held - now.num_cached} free of ${live.num_blocks} blocks of ${live.block_size} tokens`,
+    );
+    map.update({
+      cells: now.cells,
+      names: store.names,
+      blockSize: live.block_size,
+      step: now.step,
+      tails: now.tails,
+      selected: store.selected,
+      table: now.table,
+      details: store.block,
+    });
+    drawTokens();
+    const views = { steps: store.steps, names: store.names, cursor: store.cursor, selected: store.selected, isLive: !isPast };
+    timeline.update(views);
+    charts.update({ ...views, range });
+    if (card.dataset.step !== `${now.step}/${now.record.length}`) {
+      card.dataset.step = `${now.step}/${now.record.length}`;
+      card.innerHTML = now.record || "<div class='nbe-empty'>No step was taken yet.</div>";
+    }
+    root.dataset.step = live.step;
+    root.dataset.shown = now.step;
+    root.dataset.answered = store.num_answered;
+    root.dataset.running = live.is_running;
+    if (store.seq > drawn) {
+      drawn = store.seq;
+      send("drawn", { seq: drawn });
+    }
+  }
+
+  // One drawing a paint, of all messages since the last. A hidden page does not paint, so it
+  // acknowledges nothing and is sent nothing.
   function schedule() {
     if (!pending) pending = requestAnimationFrame(draw);
   }
-  model.on("change:state", schedule);
-  schedule();
+
+  function receive(message, buffers) {
+    if (message.type !== "frame") return;
+    const content = JSON.parse(message.json);
+    const mine = store.cursor;
+    if (!store.apply(content, buffers)) {
+      send("ready"); // a message was lost
+      return;
+    }
+    isAsking = false;
+    if (asked && (content.cursor === asked.step || performance.now() - asked.at > 1000)) asked = null;
+    if (wish !== undefined || asked) store.cursor = mine; // newer than what the kernel has heard
+    ask();
+    schedule();
+  }
+  model.on("msg:custom", receive);
   send("ready");
 
   return () => {
     cancelAnimationFrame(pending);
-    model.off("change:state", schedule);
+    clearTimeout(asking);
+    model.off("msg:custom", receive);
     map.destroy();
+    timeline.destroy();
+    charts.destroy();
   };
 }
 

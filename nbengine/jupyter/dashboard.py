@@ -8,6 +8,7 @@ and anywidget, or where a notebook is read without a kernel, the same picture st
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import threading
 import weakref
@@ -15,13 +16,25 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from nbengine.core.breakpoints import condition
+from nbengine.core.records import StepRecord
+from nbengine.core.request import Sequence
 from nbengine.core.sampling_params import SamplingParams
 from nbengine.engine import Engine
-from nbengine.errors import EngineClosed, InvalidField, InvalidRequest, NbengineError
-from nbengine.jupyter.frame import Frame, Notice, gather
+from nbengine.errors import (
+    EngineClosed,
+    InvalidField,
+    InvalidRequest,
+    NbengineError,
+    UnknownRequest,
+    UnknownStep,
+)
+from nbengine.jupyter.block_map import describe_block
+from nbengine.jupyter.frame import TEXT_TAIL, Feed, Notice, gather
 from nbengine.jupyter.publisher import Publisher
 from nbengine.jupyter.views import snapshot_html, snapshot_text, steps_html, steps_text
 from nbengine.llm import chat_prompt
+from nbengine.outputs import RequestMetrics
 
 INSTALL_HINT = 'For the live dashboard: pip install "nbengine[notebook]"'
 
@@ -58,10 +71,16 @@ class Dashboard:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
+        self._history, self._tokenizer = engine.history, engine.tokenizer
+        self._feed = Feed()
         self._notice: Notice | None = None
         self._explanation: str | None = None
+        self._cursor: int | None = None
+        self._selected: str | None = None
+        self._block: dict[str, Any] | None = None
+        self._asked: tuple[int, int] | None = None
+        self._past_told: object = None
         self._num_answered = 0
-        self._last: Frame | None = None
         self._displays: list[Any] = []
         self._is_closed = False
         self._widget = _make_widget()
@@ -73,21 +92,64 @@ class Dashboard:
 
     # ------------------------------------------------------------------ to the page
 
-    def _show(self, frame: Frame, seq: int) -> None:
+    def _show(self, engine: Engine, seq: int, is_whole: bool) -> None:
         """On the publisher's thread."""
-        self._last = frame
-        notice = self._notice or frame.failure
-        state = frame.state() | {
+        feed, history = self._feed, self._history
+        if is_whole:
+            feed.forget()
+            self._past_told = None
+        moment = gather(engine, feed, self._selected)
+        live, buffers = feed.message(moment)
+        if self._cursor is not None and not moment.first_step - 1 <= self._cursor < moment.step:
+            self._cursor = None  # the engine went back, or the history has moved on
+        notice = self._notice or moment.failure
+        block = self._block
+        if block is not None and self._cursor is None and feed.cells is not None:
+            block = block | {"since": feed.cells.since[block["block"]]}
+        content = {
+            "type": "frame",
             "seq": seq,
+            "live": live,
+            "cursor": self._cursor,
+            "selected": self._selected,
+            "block": block,
             "notice": notice and asdict(notice),
             "explanation": self._explanation,
             "num_answered": self._num_answered,
         }
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            content["steps"], more = feed.steps(history, *asked)
+            buffers += more
+        wanted = self._cursor, self._selected
+        if self._cursor is not None and wanted != self._past_told:
+            with contextlib.suppress(UnknownStep):
+                content["past"], more = feed.past(
+                    history, self._cursor, self._selected, self._text_then, self._metrics_then
+                )
+                buffers += more
+        self._past_told = wanted
         assert self._widget is not None
-        with self._widget.hold_sync():
-            for name, value in frame.buffers().items():
-                setattr(self._widget, name, value)
-            self._widget.state = json.dumps(state)
+        # As text: one string passes the kernel's message cleaning untouched, where nested lists are
+        # walked item by item.
+        self._widget.send({"type": "frame", "seq": seq, "json": json.dumps(content)}, buffers)
+
+    def _text_then(self, seq: Sequence) -> str:
+        """The end of a sequence's text at an earlier step."""
+        last = seq.output_token_ids[-TEXT_TAIL:]
+        return "" if self._tokenizer is None else self._tokenizer.decode(last)
+
+    def _metrics_then(self, seq: Sequence) -> RequestMetrics | None:
+        engine = self._engine()
+        if engine is None or engine.is_closed:
+            return None
+        try:
+            metrics = engine.metrics(seq.request.request_id)
+        except (UnknownRequest, EngineClosed):
+            return None
+        return dataclasses.replace(
+            metrics, token_times=metrics.token_times[: len(seq.output_token_ids)]
+        )
 
     def _end(self) -> None:
         """On the publisher's thread, as its last act: the comm goes, the last picture stays."""
@@ -118,6 +180,8 @@ class Dashboard:
         if publisher is None or not isinstance(message, dict):
             return
         kind = message.get("type")
+        if not isinstance(kind, str):
+            return
         if kind == "ready":
             publisher.heard(None)
             return
@@ -125,8 +189,12 @@ class Dashboard:
             seq = message.get("seq")
             publisher.heard(seq if isinstance(seq, int) else 0)
             return
+        if kind in _LOOKS:
+            _LOOKS[kind](self, message)
+            publisher.wake(stale=True)
+            return
         engine = self._engine()
-        command = _COMMANDS.get(kind) if isinstance(kind, str) else None
+        command = _COMMANDS.get(kind)
         if engine is None or engine.is_closed or command is None:
             return
         self._notice = None
@@ -161,7 +229,23 @@ class Dashboard:
                 self._submit(engine, lambda: self._take_steps(engine, n - 1))
 
     def _run(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
-        return engine.start
+        until = message.get("until")
+        if until is None:
+            return engine.start
+        holds = condition(until)
+
+        def run() -> None:
+            def once(record: StepRecord) -> object:
+                found = holds(record)
+                if found:
+                    stop.remove()
+                return found
+
+            once.__name__ = str(until)
+            stop = engine.break_on(once)
+            engine.start()
+
+        return run
 
     def _pause(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
         return engine.pause
@@ -196,25 +280,73 @@ class Dashboard:
 
         return explain
 
+    def _rewind(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
+        step = message.get("step")
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise InvalidField("step", step, "must be an integer")
+
+        def rewind() -> None:
+            engine.rewind(step)
+            self._cursor = None
+
+        return rewind
+
+    def _policy(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
+        name = message.get("name")
+        if not isinstance(name, str):
+            raise InvalidField("scheduling_policy", name, "must be a name")
+        return lambda: engine.set_policy(name)
+
+    def _budget(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
+        num_tokens = message.get("tokens")
+        return lambda: engine.set_max_num_batched_tokens(num_tokens)  # type: ignore[arg-type]
+
+    def _ask_block(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
+        block = message.get("block")
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
+            raise InvalidField("block", block, "must be an integer")
+
+        def look() -> None:
+            step = self._cursor
+            self._block = None
+            if block is not None:
+                snapshot = engine.snapshot() if step is None else engine.state_at(step)
+                self._block = describe_block(snapshot, block, engine.tokenizer)
+
+        return look
+
+    # ------------------------------------------------------------------ what the page looks at
+
+    def _set_cursor(self, message: dict[str, Any]) -> None:
+        step = message.get("step")
+        self._cursor = step if isinstance(step, int) and not isinstance(step, bool) else None
+
+    def _select(self, message: dict[str, Any]) -> None:
+        name = message.get("id")
+        self._selected = name if isinstance(name, str) else None
+
+    def _ask_steps(self, message: dict[str, Any]) -> None:
+        first, last = message.get("first"), message.get("last")
+        if isinstance(first, int) and isinstance(last, int):
+            self._asked = first, last
+
     # ------------------------------------------------------------------ still forms
 
-    def _frame(self) -> Frame | None:
-        """The engine's state now, or as it was when the engine was closed."""
-        engine = self._engine()
-        if engine is not None and not engine.is_closed and not self._is_closed:
-            with contextlib.suppress(EngineClosed):
-                self._last = gather(engine, self._last)
-        return self._last
-
     def _still(self, note: str = "") -> dict[str, str]:
-        """The picture in HTML and in text."""
-        frame = self._last if self._is_closed else self._frame()
-        if frame is None:
-            return {"text/plain": "Dashboard(closed)", "text/html": "<div>Dashboard (closed)</div>"}
+        """The picture in HTML and in text: as it is now, or after the last step of an engine that was
+        closed."""
+        engine = self._engine()
+        snapshot = None
+        if engine is not None and not self._is_closed:
+            with contextlib.suppress(EngineClosed):
+                snapshot = engine.snapshot()
+        if snapshot is None:
+            last = self._history[-1].step if len(self._history) else 0
+            snapshot = self._history.state_at(last).snapshot(self._text_then)
         title = f"nbengine dashboard ({note})" if note else "nbengine dashboard"
-        records = frame.records[9::-1] if len(frame.records) > 9 else frame.records[::-1]
-        text = f"{title}\n{snapshot_text(frame.snapshot)}\n{steps_text(records)}"
-        html = f"<b>{title}</b>{snapshot_html(frame.snapshot)}{steps_html(records)}"
+        records = tuple(self._history)[-10:]
+        text = f"{title}\n{snapshot_text(snapshot)}\n{steps_text(records)}"
+        html = f"<b>{title}</b>{snapshot_html(snapshot)}{steps_html(records)}"
         return {"text/plain": text, "text/html": html}
 
     def __repr__(self) -> str:
@@ -249,7 +381,17 @@ _COMMANDS: dict[str, Callable[[Dashboard, Engine, dict[str, Any]], Callable[[], 
     "add": Dashboard._add,
     "abort": Dashboard._abort,
     "why": Dashboard._why,
+    "rewind": Dashboard._rewind,
+    "policy": Dashboard._policy,
+    "budget": Dashboard._budget,
+    "block": Dashboard._ask_block,
 }
+_LOOKS: dict[str, Callable[[Dashboard, dict[str, Any]], None]] = {
+    "cursor": Dashboard._set_cursor,
+    "select": Dashboard._select,
+    "steps": Dashboard._ask_steps,
+}
+"""What asks nothing of the engine."""
 
 
 def _make_widget() -> Any:

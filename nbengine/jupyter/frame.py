@@ -1,35 +1,39 @@
-"""What a dashboard shows at one moment: gathered between two steps, then turned into what a page
-can draw. No widget is touched here.
+"""What a dashboard tells its page: a whole frame to begin with, then differences.
 
-`gather` runs on the engine's thread and only copies; `Frame.state` and `Frame.buffers` do the rest
-on the caller's. Every frame is whole: a page that missed some, or that connects late, needs only
-the next one.
+`gather` copies what is needed on the engine's thread, between two steps, in little time. A `Feed`,
+which the publisher's thread owns, knows what the page was told, and turns a `Moment` into the next
+message: rows of the queues that changed, steps that are new, blocks that are no longer what they
+were. `past` makes a message of an earlier step, from the history alone. No widget is touched here.
 """
 
 from __future__ import annotations
 
 import traceback
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from nbengine.core.history import History
 from nbengine.core.records import StepRecord, Wait
-from nbengine.core.request import Status
-from nbengine.core.snapshot import SequenceView, Snapshot
+from nbengine.core.request import Sequence, Status
 from nbengine.engine import Engine
 from nbengine.errors import EngineClosed, NbengineError, UnknownRequest
 from nbengine.jupyter.block_map import colour_index
-from nbengine.jupyter.views import budget_parts, events_of, tail, why_it_waits
-from nbengine.outputs import RequestOutput
+from nbengine.jupyter.cells import BlockCells, Slots, encode_steps
+from nbengine.jupyter.views import record_html, tail, why_it_waits
+from nbengine.outputs import RequestMetrics, RequestOutput
 
 MAX_SEQUENCES = 100
-"""Rows of the queue table; the block map knows all."""
-MAX_LOG = 30
+"""Rows of the queue table; the block map and the timeline know all."""
+MAX_STEPS = 1000
+"""Steps in one message: a page asks for others when it comes to show them."""
 MAX_FINISHED = 6
 TEXT_TAIL = 170
 SPEED_WINDOW = 2.0
 """Seconds over which tokens per second are counted."""
+
+Message = tuple[dict[str, Any], list[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,131 +54,53 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """An engine at one moment."""
+class Moment:
+    """An engine between two steps."""
 
-    snapshot: Snapshot
+    step: int
+    num_cuts: int
+    """How often the history's end was cut off: what was told of later steps is void then."""
+    first_step: int
+    """The first one that the history holds, or the next one."""
+    policy: str
+    budget: int
+    max_budget: int
     is_running: bool
+    has_work: bool
     failure: Notice | None
     """What ended the last background run."""
+    stopped: str | None
+    """The breakpoint that it stopped at."""
     records: tuple[StepRecord, ...]
-    """The latest steps, newest first."""
+    """The latest of those that the feed has not told yet, oldest first."""
+    cells: BlockCells | None
+    """Made anew where records alone do not reach."""
+    rows: tuple[dict[str, Any], ...]
+    num_running: int
+    num_waiting: int
+    tails: array[int]
+    """uint32 pairs: the last block of each running sequence, and its slots in use."""
+    selected: array[int]
+    """uint32: the block table of the sequence that the page asked about."""
+    num_held: int
+    num_cached: int
+    num_blocks: int
+    block_size: int
     tokens_per_second: float
     """Output tokens."""
-    finished: tuple[RequestOutput, ...]
+    finished: tuple[dict[str, Any], ...]
     """The latest requests to end, newest first."""
-
-    @property
-    def request_ids(self) -> set[str]:
-        """Unfinished requests."""
-        return {s.request_id for s in (*self.snapshot.running, *self.snapshot.waiting)}
-
-    def state(self) -> dict[str, Any]:
-        """All but the blocks, as JSON data."""
-        snapshot = self.snapshot
-        sequences = (*snapshot.running, *snapshot.waiting)
-        waits = why_it_waits(self.records[0] if self.records else None)
-        return {
-            "step": snapshot.step,
-            "policy": snapshot.policy,
-            "is_running": self.is_running,
-            "num_running": len(snapshot.running),
-            "num_waiting": len(snapshot.waiting),
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "block_size": snapshot.block_size,
-            "num_blocks": snapshot.num_blocks,
-            "num_held": snapshot.num_held_blocks,
-            "num_cached": len(snapshot.cached_blocks),
-            "sequences": [self._sequence(seq, waits) for seq in sequences[:MAX_SEQUENCES]],
-            "num_more_sequences": max(0, len(sequences) - MAX_SEQUENCES),
-            "running": [
-                [seq.seq_id, colour_index(seq.seq_id), len(seq.block_table), _fill(seq, snapshot)]
-                for seq in snapshot.running
-            ],
-            "finished": [_finished(output) for output in self.finished],
-            "log": [_step(record) for record in self.records],
-        }
-
-    def _sequence(self, seq: SequenceView, waits: dict[str, Wait]) -> dict[str, Any]:
-        return {
-            "id": seq.seq_id,
-            "request": seq.request_id,
-            "colour": colour_index(seq.seq_id),
-            "status": str(seq.status),
-            "num_prompt": seq.num_prompt_tokens,
-            "num_tokens": seq.num_tokens,
-            "num_computed": seq.num_computed_tokens,
-            "max_tokens": seq.max_total_tokens,
-            "num_cached": seq.num_cached_tokens,
-            "num_preemptions": seq.num_preemptions,
-            "num_blocks": len(seq.block_table),
-            "text": tail(seq.text, TEXT_TAIL),
-            "why": self._why(seq, waits),
-        }
-
-    def _why(self, seq: SequenceView, waits: dict[str, Wait]) -> str:
-        """In a few words, why it got less than it wanted; `Engine.why` says more."""
-        wait = waits.get(seq.seq_id)
-        if wait is not None:
-            numbers = f" ({wait.needed} needed, {wait.available} left)" if wait.needed else ""
-            return f"{'slowed' if wait.got else 'waits'}: {wait.cause}{numbers}"
-        if seq.status is Status.RUNNING:
-            return ""
-        head = next((w for w in waits.values() if not w.got), None)
-        if head is not None and any(head.seq_id == s.seq_id for s in self.snapshot.waiting):
-            return f"waits behind {head.seq_id}"
-        return "waits for the next step"
-
-    def buffers(self) -> dict[str, bytes]:
-        """The blocks, as arrays of uint32: every running sequence's block table one after the
-        other, and the cached blocks, next to be evicted first."""
-        tables = array("I")
-        for seq in self.snapshot.running:
-            tables.extend(seq.block_table)
-        return {
-            "tables": tables.tobytes(),
-            "cached": array("I", self.snapshot.cached_blocks).tobytes(),
-        }
+    hit_rate: float | None
+    """Of prompt tokens, lately."""
 
 
-def _fill(seq: SequenceView, snapshot: Snapshot) -> int:
-    """Slots of its last block that hold keys and values."""
-    used = seq.num_computed_tokens - (len(seq.block_table) - 1) * snapshot.block_size
-    return max(0, min(snapshot.block_size, used))
-
-
-def _finished(output: RequestOutput) -> dict[str, Any]:
-    samples = output.outputs
-    return {
-        "id": output.request_id,
-        "colour": colour_index(output.request_id),
-        "reason": ", ".join(sorted({s.finish_reason or "" for s in samples} - {""})) or "abort",
-        "num_prompt": len(output.prompt_token_ids),
-        "num_output": sum(len(s.token_ids) for s in samples),
-        "num_cached": output.num_cached_tokens,
-        "text": tail(samples[0].text, TEXT_TAIL) if samples else "",
-    }
-
-
-def _step(record: StepRecord) -> dict[str, Any]:
-    return {
-        "step": record.step,
-        "budget": record.token_budget,
-        "num_tokens": record.num_tokens,
-        "parts": [[colour_index(n) if n else -1, k, n] for n, k in budget_parts(record, 16)],
-        "events": events_of(record),
-        "ms": round(1e3 * record.phases.total, 1),
-        "failed": record.error is not None,
-    }
-
-
-def gather(engine: Engine, before: Frame | None = None) -> Frame:
-    """The engine's state now. `before` is the frame before this one, for what ended since.
+def gather(engine: Engine, feed: Feed, selected: str | None = None) -> Moment:
+    """The engine's state now.
 
     Raises:
         EngineClosed
     """
-    future = engine.submit(lambda: _gather(engine, before))
+    future = engine.submit(lambda: _gather(engine, feed, selected))
     while True:
         try:
             return future.result(timeout=0.5)
@@ -183,43 +109,124 @@ def gather(engine: Engine, before: Frame | None = None) -> Frame:
                 raise EngineClosed("the engine was closed") from None
 
 
-def _gather(engine: Engine, before: Frame | None) -> Frame:
-    snapshot = engine.snapshot()
-    history = engine.history
-    records = tuple(
-        history[-k] for k in range(1, min(MAX_LOG, len(history)) + 1)
-    )  # by number: the history may be long
-    ended = _ended(records, before)
-    alive = {s.request_id for s in (*snapshot.running, *snapshot.waiting)}
-    if before is not None:
-        ended += [name for name in sorted(before.request_ids - alive) if name not in ended]
-    known = {output.request_id: output for output in before.finished} if before else {}
-    finished = [
-        output
-        for name in ended
-        if name not in alive and (output := _output_of(engine, name)) is not None
+def _gather(engine: Engine, feed: Feed, selected: str | None) -> Moment:
+    scheduler, history, pool = engine.scheduler, engine.history, engine.scheduler.pool
+    step, num_new = scheduler.step_count, scheduler.step_count - feed.step
+    cells = None
+    is_cut = history.num_cuts != feed.num_cuts
+    if is_cut or feed.cells is None or not 0 <= num_new <= min(MAX_STEPS, len(history)):
+        num_new = min(MAX_STEPS, len(history))
+        cells = BlockCells(
+            pool.num_blocks,
+            scheduler.running,
+            pool.cached_blocks(),
+            pool.prefix_cache.content_of,
+            step,
+            feed.slots,
+        )
+    records = tuple(history[-k] for k in range(num_new, 0, -1))
+    waits = why_it_waits(history[-1] if len(history) else None)
+    head = next((w.seq_id for w in waits.values() if not w.got), None)
+    queued = [*scheduler.running[:MAX_SEQUENCES], *scheduler.waiting[:MAX_SEQUENCES]]
+    rows = [
+        _row(seq, engine._text_of(seq), engine.metrics(seq.request.request_id), waits, head)
+        for seq in queued[:MAX_SEQUENCES]
     ]
-    finished += [o for name, o in known.items() if name not in ended and name not in alive]
-    return Frame(
-        snapshot,
-        engine.is_running,
-        None if engine.error is None else Notice.of(engine.error, "The background run stopped. "),
-        records,
-        _tokens_per_second(engine),
-        tuple(finished[:MAX_FINISHED]),
+    tails = array("I")
+    for seq in scheduler.running:
+        tails.extend((seq.block_table[-1], _used(seq, pool.block_size)))
+    table = next((s.block_table for s in scheduler.running if s.seq_id == selected), [])
+    return Moment(
+        step=step,
+        num_cuts=history.num_cuts,
+        first_step=history[-len(history)].step if len(history) else step + 1,
+        policy=type(scheduler.policy).__name__,
+        budget=scheduler.config.max_num_batched_tokens,
+        max_budget=engine.config.max_num_batched_tokens,
+        is_running=engine.is_running,
+        has_work=engine.has_work,
+        failure=None
+        if engine.error is None
+        else Notice.of(engine.error, "The background run stopped. "),
+        stopped=None if engine.stopped_at is None else str(engine.stopped_at),
+        records=records,
+        cells=cells,
+        rows=tuple(rows),
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        tails=tails,
+        selected=array("I", table),
+        num_held=pool.num_held,
+        num_cached=pool.num_cached,
+        num_blocks=pool.num_blocks,
+        block_size=pool.block_size,
+        tokens_per_second=_tokens_per_second(engine),
+        finished=tuple(_finished(engine, feed, records)),
+        hit_rate=_hit_rate(history),
     )
 
 
-def _ended(records: Iterable[StepRecord], before: Frame | None) -> list[str]:
-    """Requests of which a sequence ended since `before`, newest first."""
-    since = before.snapshot.step if before is not None else 0
+def _row(
+    seq: Sequence,
+    text: str,
+    metrics: RequestMetrics | None,
+    waits: dict[str, Wait],
+    head: str | None,
+) -> dict[str, Any]:
+    tpot = metrics.tpot if metrics else None
+    return {
+        "id": seq.seq_id,
+        "request": seq.request.request_id,
+        "colour": colour_index(seq.seq_id),
+        "status": str(seq.status),
+        "num_prompt": seq.num_prompt_tokens,
+        "num_tokens": len(seq.tokens),
+        "num_computed": seq.num_computed_tokens,
+        "max_tokens": seq.request.max_total_tokens,
+        "num_cached": seq.num_cached_tokens,
+        "num_preemptions": seq.num_preemptions,
+        "num_blocks": len(seq.block_table),
+        "text": tail(text, TEXT_TAIL),
+        "ttft": metrics.ttft if metrics else None,
+        "speed": round(1 / tpot, 1) if tpot else None,
+        "why": _why(seq, waits, head),
+    }
+
+
+def _why(seq: Sequence, waits: dict[str, Wait], head: str | None) -> str:
+    """In a few words, why it got less than it wanted; `Engine.why` says more."""
+    wait = waits.get(seq.seq_id)
+    if wait is not None:
+        numbers = f" ({wait.needed} needed, {wait.available} left)" if wait.needed else ""
+        return f"{'slowed' if wait.got else 'waits'}: {wait.cause}{numbers}"
+    if seq.status is Status.RUNNING:
+        return ""
+    return f"waits behind {head}" if head is not None else "waits for the next step"
+
+
+def _used(seq: Sequence, block_size: int) -> int:
+    """Slots of its last block that hold keys and values."""
+    used = seq.num_computed_tokens - (len(seq.block_table) - 1) * block_size
+    return max(0, min(block_size, used))
+
+
+def _finished(
+    engine: Engine, feed: Feed, records: Iterable[StepRecord]
+) -> Iterable[dict[str, Any]]:
+    """The latest that ended, newest first: those of new records, then those known before."""
     names: dict[str, None] = {}
-    for record in records:
-        if record.step <= since or len(names) >= MAX_FINISHED:
-            break
+    for record in reversed(tuple(records)):
         for finish in reversed(record.finished):
             names.setdefault(finish.seq_id.partition("#")[0])
-    return list(names)
+        if len(names) >= MAX_FINISHED:
+            break
+    ended = [*names, *(name for name in feed.alive if name not in names)]
+    live = engine.scheduler.live
+    outputs = [_output_of(engine, name) for name in ended if name not in live]
+    shown = [_ended_row(output) for output in outputs if output is not None]
+    new = {row["id"] for row in shown}
+    shown += [row for row in feed.finished if row["id"] not in new and row["id"] not in live]
+    return shown[:MAX_FINISHED]
 
 
 def _output_of(engine: Engine, name: str) -> RequestOutput | None:
@@ -227,6 +234,21 @@ def _output_of(engine: Engine, name: str) -> RequestOutput | None:
         return engine.output(name)
     except UnknownRequest:
         return None
+
+
+def _ended_row(output: RequestOutput) -> dict[str, Any]:
+    samples, metrics = output.outputs, output.metrics
+    return {
+        "id": output.request_id,
+        "colour": colour_index(output.request_id),
+        "reason": ", ".join(sorted({s.finish_reason or "" for s in samples} - {""})) or "abort",
+        "num_prompt": len(output.prompt_token_ids),
+        "num_output": sum(len(s.token_ids) for s in samples),
+        "num_cached": output.num_cached_tokens,
+        "ttft": metrics.ttft,
+        "speed": round(1 / metrics.tpot, 1) if metrics.tpot else None,
+        "text": tail(samples[0].text, TEXT_TAIL) if samples else "",
+    }
 
 
 def _tokens_per_second(engine: Engine) -> float:
@@ -242,3 +264,149 @@ def _tokens_per_second(engine: Engine) -> float:
         num_tokens += len(record.sampled)
         since = record.time
     return num_tokens / (now - since) if now > since else 0.0
+
+
+def _hit_rate(history: History) -> float | None:
+    """Of the prompt tokens looked up in the last 100 steps."""
+    hit = looked_up = 0
+    for k in range(1, min(100, len(history)) + 1):
+        for admission in history[-k].admitted:
+            hit += admission.prefix.num_hit_tokens
+            looked_up += admission.prefix.num_tokens
+    return hit / looked_up if looked_up else None
+
+
+# ---------------------------------------------------------------------- messages
+
+
+class Feed:
+    """What a page was told, and the next message."""
+
+    def __init__(self) -> None:
+        self.slots = Slots()
+        self.cells: BlockCells | None = None
+        self.step = 0
+        self.num_cuts = 0
+        self.alive: tuple[str, ...] = ()
+        """Unfinished requests among the rows that were told last."""
+        self.finished: tuple[dict[str, Any], ...] = ()
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._num_names = 0
+
+    def forget(self) -> None:
+        """A page is new, or has lost a message: the next one is whole."""
+        self._rows.clear()
+        self._num_names = 0
+        self.cells = None
+
+    def message(self, moment: Moment) -> Message:
+        """What has changed since the last one. Buffers: numbers of steps and their entries (see
+        `encode_steps`), cells (pairs of block and cell, or all of them), tails, the selected
+        table."""
+        is_whole = moment.cells is not None
+        if moment.cells is not None:
+            self.cells = moment.cells
+            self._rows.clear()
+            blocks = self.cells.cells
+        else:
+            assert self.cells is not None
+            for record in moment.records:
+                self.cells.apply(record)
+            blocks = self.cells.changes()
+        is_cut = moment.num_cuts != self.num_cuts
+        self.step, self.num_cuts = moment.step, moment.num_cuts
+        self.alive = tuple(dict.fromkeys(row["request"] for row in moment.rows))
+        self.finished = moment.finished
+        rows, entries = encode_steps(moment.records, self.slots)
+        told, self._rows = self._rows, {row["id"]: row for row in moment.rows}
+        names = self.slots.names(self._num_names)
+        self._num_names = len(self.slots)
+        content = {
+            "is_whole": is_whole,
+            "is_cut": is_cut,
+            "names": names,
+            "step": moment.step,
+            "first_step": moment.first_step,
+            "policy": moment.policy,
+            "budget": moment.budget,
+            "max_budget": moment.max_budget,
+            "is_running": moment.is_running,
+            "has_work": moment.has_work,
+            "stopped": moment.stopped,
+            "order": [row["id"] for row in moment.rows],
+            "rows": [row for row in moment.rows if told.get(row["id"]) != row],
+            "num_running": moment.num_running,
+            "num_waiting": moment.num_waiting,
+            "finished": moment.finished,
+            "num_held": moment.num_held,
+            "num_cached": moment.num_cached,
+            "num_blocks": moment.num_blocks,
+            "block_size": moment.block_size,
+            "tokens_per_second": round(moment.tokens_per_second, 1),
+            "hit_rate": moment.hit_rate,
+            "failure": moment.failure and asdict(moment.failure),
+        }
+        if moment.records:
+            content["record"] = record_html(moment.records[-1])
+        arrays = (rows, entries, blocks, moment.tails, moment.selected)
+        return content, [each.tobytes() for each in arrays]
+
+    def steps(self, history: History, first: int, last: int) -> Message:
+        """Steps that a page lacks, as far as the history has them: the latest `MAX_STEPS` of those
+        asked for. Buffers as the first two of `message`."""
+        kept = range(max(first, last - MAX_STEPS + 1, _first_step(history)), last + 1)
+        records = [history[n] for n in kept if n <= self.step]
+        arrays = encode_steps(records, self.slots)
+        names = self.slots.names(self._num_names)
+        self._num_names = len(self.slots)
+        content = {"first": first, "last": last, "names": names}
+        return content, [each.tobytes() for each in arrays]
+
+    def past(
+        self,
+        history: History,
+        step: int,
+        selected: str | None,
+        text_of: Callable[[Sequence], str],
+        metrics_of: Callable[[Sequence], RequestMetrics | None],
+    ) -> Message:
+        """The queues and blocks after an earlier step. Buffers: all cells, tails, the selected table.
+
+        Raises:
+            UnknownStep
+        """
+        state = history.state_at(step)
+        record = history[step] if step >= _first_step(history) and step else None
+        waits = why_it_waits(record)
+        head = next((w.seq_id for w in waits.values() if not w.got), None)
+        running, waiting = state.running, state.waiting
+        rows = [
+            _row(seq, text_of(seq), metrics_of(seq), waits, head)
+            for seq in (*running, *waiting)[:MAX_SEQUENCES]
+        ]
+        cells = BlockCells(
+            len(state.ref_counts), running, state.cached, state.contents, step, self.slots
+        )
+        names = self.slots.names(self._num_names)
+        self._num_names = len(self.slots)
+        tails = array("I")
+        for seq in running:
+            tails.extend((seq.block_table[-1], _used(seq, state.block_size)))
+        table = next((s.block_table for s in running if s.seq_id == selected), [])
+        content = {
+            "step": step,
+            "names": names,
+            "policy": state.policy,
+            "rows": rows,
+            "num_running": len(running),
+            "num_waiting": len(waiting),
+            "num_held": sum(1 for count in state.ref_counts if count),
+            "num_cached": len(state.cached),
+            "record": record_html(record) if record is not None else "",
+        }
+        arrays = (cells.cells, tails, array("I", table))
+        return content, [each.tobytes() for each in arrays]
+
+
+def _first_step(history: History) -> int:
+    return history[-len(history)].step if len(history) else 1

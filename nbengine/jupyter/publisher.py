@@ -1,10 +1,10 @@
 """The one thread that writes to a dashboard's widget.
 
-It sends the latest state, never a backlog: at most `max_hz` frames a second, and the next one only
-when a page has acknowledged the last. Jupyter drops messages silently beyond 1,000 a second, and a
-server keeps those for an absent page in memory; with one frame in flight neither happens. Without
-an acknowledgement (no page, a hidden one, a lost message) it tries again after a second, then ever
-more rarely, until a page answers or says that it is new.
+It sends what has changed since the last frame, never a backlog: at most `max_hz` frames a second, and
+the next one only when a page has acknowledged the last. Jupyter drops messages silently beyond 1,000
+a second, and a server keeps those for an absent page in memory; with one frame in flight neither
+happens. Without an acknowledgement (no page, a hidden one, a lost message) it sends a whole frame
+after a second, then ever more rarely, until a page answers or says that it is new.
 
 It holds the engine weakly, and ends when the engine is closed or collected.
 """
@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 from nbengine.engine import Engine
 from nbengine.errors import EngineClosed
-from nbengine.jupyter.frame import Frame, gather
 
 IDLE_POLL_SECONDS = 0.25
 """How often an engine without work is looked at (a glance at a few numbers, no message)."""
@@ -28,15 +27,15 @@ LAST_RETRY_SECONDS = 60.0
 
 
 class Publisher:
-    """Calls `show(frame, seq)` on its own thread when there is something new to show, and
-    `ended()` once, as its last act."""
+    """Calls `show(engine, seq, is_whole)` on its own thread when there is something new to show,
+    and `ended()` once, as its last act."""
 
     def __init__(
         self,
         engine: Engine,
-        show: Callable[[Frame, int], None],
+        show: Callable[[Engine, int, bool], None],
         ended: Callable[[], None],
-        max_hz: float = 20.0,
+        max_hz: float = 30.0,
     ) -> None:
         self._engine = weakref.ref(engine)
         self._show, self._ended = show, ended
@@ -51,7 +50,7 @@ class Publisher:
         self._seen: object = None
         self._poll = IDLE_POLL_SECONDS
         self._context: contextvars.Context | None = None
-        self._last: Frame | None = None
+        self._must_be_whole = True
         weakref.finalize(engine, self._wake.set)
         self._thread = threading.Thread(target=self._run, name="nbengine-dashboard", daemon=True)
 
@@ -80,6 +79,7 @@ class Publisher:
         self._retry = FIRST_RETRY_SECONDS
         if acknowledged is None:
             self._acknowledged, self._is_stale = self._sent, True
+            self._must_be_whole = True
         else:
             self._acknowledged = max(self._acknowledged, acknowledged)
         self._wake.set()
@@ -118,18 +118,18 @@ class Publisher:
         if unanswered:
             self._retry = min(2 * self._retry, LAST_RETRY_SECONDS)
             self._context = None
+            self._must_be_whole = True
         self._is_stale = False
         self._seen = _glance(engine)  # before the frame: what comes later is seen next time
+        is_whole, self._must_be_whole = self._must_be_whole, False
+        self._sent += 1
         try:
-            frame = gather(engine, self._last)
+            if self._context is None:
+                self._show(engine, self._sent, is_whole)
+            else:
+                self._context.run(self._show, engine, self._sent, is_whole)
         except EngineClosed:
             return False
-        self._last = frame
-        self._sent += 1
-        if self._context is None:
-            self._show(frame, self._sent)
-        else:
-            self._context.run(self._show, frame, self._sent)
         self._sent_at = time.monotonic()
         return True
 
@@ -144,6 +144,9 @@ def _glance(engine: Engine) -> object:
         len(scheduler.running),
         scheduler.pool.num_cached,
         engine.is_running,
+        engine.history.num_cuts,
         id(engine.error),
+        id(engine.stopped_at),
         id(scheduler.policy),
+        scheduler.config.max_num_batched_tokens,
     )

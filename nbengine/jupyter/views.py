@@ -50,7 +50,7 @@ def table_html(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
     return (
         "<table style='border-collapse:collapse;margin:.3em 0'>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"{f'<thead><tr>{head}</tr></thead>' if headers else ''}<tbody>{body}</tbody></table>"
     )
 
 
@@ -196,13 +196,106 @@ def steps_html(records: Sequence[StepRecord]) -> str:
     return table_html(_STEP_HEADERS, rows)
 
 
+_MOST_LISTED = 12
+
+
+def _blocks_shown(blocks: Sequence[int]) -> str:
+    """`3-7, 12`; cut after some."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    parts = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:_MOST_LISTED]]
+    return ", ".join(parts) + (", …" if len(runs) > _MOST_LISTED else "")
+
+
+def _listed(lines: Sequence[str]) -> str:
+    shown = [f"<div>{escape(line)}</div>" for line in lines[:_MOST_LISTED]]
+    if len(lines) > _MOST_LISTED:
+        shown.append(f"<div>and {len(lines) - _MOST_LISTED} more</div>")
+    return "".join(shown)
+
+
 def record_html(record: StepRecord) -> str:
-    """One step, with who waited and why, and where the time went."""
-    waits = "".join(f"<li>{escape(f'{w.seq_id} {w}')}</li>" for w in record.waits)
-    phases = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in record.phases._asdict().items())
+    """One step as a card: the budget and who got it, who did not and why, what became of blocks, and
+    where the time went."""
+    got = " ".join(
+        f"<span style='white-space:nowrap'>{swatch(name) if name else ''} {escape(name or 'others')}"
+        f" <b>{n}</b></span>"
+        for name, n in budget_parts(record, 24)
+    )
+    arrivals = [f"{r.request_id} ({r.num_prompt_tokens} prompt tokens)" for r in record.added]
+    admitted = [
+        f"{a.seq_id} {'resumed' if a.resumed else 'admitted'}: {a.prefix}" for a in record.admitted
+    ]
+    waits = [f"{wait.seq_id} {wait}" for wait in record.waits]
+    ended = [f"{f.seq_id}: {f.reason}" for f in record.finished]
+    moves = {
+        "taken": record.allocated,
+        "shared": record.shared,
+        "given back": record.released,
+    }
+    blocks = [
+        f"{verb} by {move.seq_id or 'the prefix cache'}: {_blocks_shown(move.blocks)}"
+        for verb, each in moves.items()
+        for move in each
+    ]
+    blocks += [f"copied for {c.seq_id}: {c.source} to {c.destination}" for c in record.copied]
+    blocks += [
+        f"swapped out of {s.seq_id}: {_blocks_shown(s.device_blocks)}" for s in record.swapped_out
+    ]
+    blocks += [
+        f"swapped in for {s.seq_id}: {_blocks_shown(s.device_blocks)}" for s in record.swapped_in
+    ]
+    if record.cached:
+        blocks.append(
+            f"entered the prefix cache: {_blocks_shown([c.block for c in record.cached])}"
+        )
+    if record.evicted:
+        blocks.append(f"evicted: {_blocks_shown(record.evicted)}")
+    preempted = [
+        f"{p.seq_id} for {p.in_favour_of}: {p.mode}, {p.num_lost_tokens} tokens lost, "
+        f"{p.num_blocks} blocks given up"
+        for p in record.preempted
+    ]
+    sections = [
+        ("error", f"<b>taken back</b>: {escape(record.error)}" if record.error else ""),
+        ("arrived", _listed(arrivals)),
+        ("computed", got or "nobody ran"),
+        ("admitted", _listed(admitted)),
+        ("less than wanted", _listed(waits)),
+        ("preempted", _listed(preempted)),
+        ("finished", _listed(ended)),
+        ("blocks", _listed(blocks)),
+        ("time", _phases_html(record)),
+    ]
+    rows = [(f"<small>{name}</small>", value) for name, value in sections if value]
+    head = (
+        f"<div><b>Step {record.step}</b> &nbsp;{budget_bar(record)} {record.num_tokens} of "
+        f"{record.token_budget} tokens, {len(record.sampled)} sampled; policy "
+        f"{escape(record.policy)}; blocks: {record.num_held_blocks} held, "
+        f"{record.num_cached_blocks} cached, {record.num_free_blocks} free</div>"
+    )
+    return head + table_html((), rows)
+
+
+def _phases_html(record: StepRecord) -> str:
+    """The four phases as parts of a bar, which differ in lightness, and in milliseconds."""
+    total = record.phases.total
+    if not total:
+        return ""
+    parts = record.phases._asdict().items()
+    bar = "".join(
+        f"<span title='{name}' style='width:{100 * seconds / total:.2f}%;background:currentColor;"
+        f"opacity:{0.25 + 0.25 * i}'></span>"
+        for i, (name, seconds) in enumerate(parts)
+    )
+    said = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in parts)
     return (
-        f"{steps_html([record])}{f'<ul>{waits}</ul>' if waits else ''}"
-        f"<div style='opacity:.75'>milliseconds: {phases}</div>"
+        "<span style='display:inline-flex;width:9em;height:.7em;overflow:hidden;vertical-align:-1px'>"
+        f"{bar}</span> {1e3 * total:.2f} ms: {said}"
     )
 
 

@@ -1,7 +1,6 @@
-"""The dashboard's widget: the traits that a page draws, and the module that draws them.
+"""The dashboard's widget: the module that draws it, and the connection that messages go through.
 
-It holds no logic: `publisher` sets the traits, `dashboard` hears the messages. Importing this
-module needs anywidget.
+It holds no state: `publisher` sends, `dashboard` hears. Importing this module needs anywidget.
 """
 
 from __future__ import annotations
@@ -14,17 +13,20 @@ import traitlets
 from nbengine.jupyter.block_map import PALETTE
 
 _HERE = Path(__file__).parent
+_PARTS = ("dom", "store", "block_map", "timeline", "charts", "queues", "dashboard")
+
+
+def module(*names: str) -> str:
+    """These files of JavaScript, in one module."""
+    return "\n".join((_HERE / f"{name}.js").read_text("utf-8") for name in names)
 
 
 class DashboardWidget(anywidget.AnyWidget):
-    """See `frame.Frame` for what the traits hold."""
+    """See `frame.Feed` for what the messages hold."""
 
-    _esm = "\n".join((_HERE / name).read_text("utf-8") for name in ("block_map.js", "dashboard.js"))
-    _css = (_HERE / "dashboard.css").read_text("utf-8")
+    _esm = module(*_PARTS)
+    _css = "\n".join(
+        (_HERE / name).read_text("utf-8") for name in ("dashboard.css", "timeline.css")
+    )
 
-    state = traitlets.Unicode("").tag(sync=True)
-    """`Frame.state`, as JSON text: one string passes the kernel's message cleaning untouched, where
-    nested lists are walked item by item."""
-    tables = traitlets.Bytes(b"").tag(sync=True)
-    cached = traitlets.Bytes(b"").tag(sync=True)
     palette = traitlets.List(traitlets.Unicode(), list(PALETTE)).tag(sync=True)

@@ -1,0 +1,1 @@
+function createTimeline() { return { element: h("div"), update() {}, destroy() {} }; }
