@@ -131,6 +131,15 @@ def _run(future: Future[T], command: Callable[[], T]) -> None:
         future.set_result(result)
 
 
+_on_this_thread = threading.local()
+
+
+def is_awaited() -> bool | None:
+    """On an engine's thread: whether somebody waits for what it does now, as for a step that was asked
+    for, but not for one in the background. None on any other thread."""
+    return getattr(_on_this_thread, "is_awaited", None)
+
+
 def _loop(owner_ref: weakref.ref[Any], commands: Commands, has_ended: threading.Event) -> None:
     wants_step = False
     while True:
@@ -139,10 +148,12 @@ def _loop(owner_ref: weakref.ref[Any], commands: Commands, has_ended: threading.
             command = commands.get(block=not wants_step)
             if command is None:
                 break
+            _on_this_thread.is_awaited = True
             command()
         except queue.Empty:
             pass
         command = None
+        _on_this_thread.is_awaited = False
         owner: Steppable | None = owner_ref()
         if owner is None:
             break

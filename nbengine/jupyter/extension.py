@@ -27,6 +27,7 @@ from nbengine.core.snapshot import Snapshot
 from nbengine.core.why import Explanation
 from nbengine.engine import Engine
 from nbengine.errors import NbengineError
+from nbengine.jupyter import debugger
 from nbengine.jupyter.block_map import BlockMap
 from nbengine.jupyter.dashboard import Dashboard, close_dashboard_of
 from nbengine.jupyter.stream import show_stream
@@ -41,6 +42,7 @@ DEFAULT_MAX_TOKENS = 128
 
 def load_ipython_extension(shell: Any) -> None:
     """Register the magics and what completes them."""
+    debugger.install()
     magics = NbengineMagics(shell)
     shell.register_magics(magics)
     for name in magics.magics["line"]:

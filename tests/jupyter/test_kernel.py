@@ -61,3 +61,57 @@ def test_a_mistake_is_one_line(cells: list[Any]) -> None:
     assert output.name == "stderr"
     assert output.text.startswith("UsageError: InvalidField: temperature=-1.0")
     assert output.text.count("\n") == 1
+
+
+def test_breakpoint_in_a_policy_opens_a_prompt_in_the_cell() -> None:
+    """Also where JupyterLab's debugger is installed, which would pass over it."""
+    manager = pytest.importorskip("jupyter_client").KernelManager()
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        asked: list[str] = []
+        said: list[str] = []
+        answers = iter(["p sequence.seq_id, 6 * 7", "continue"])
+
+        def answer(message: Any) -> None:
+            asked.append(message["content"]["prompt"])
+            client.input(next(answers))
+
+        def hear(message: Any) -> None:
+            content = message["content"]
+            said.append(content.get("text") or str(content.get("data", content)))
+
+        def run(source: str) -> str:
+            reply = client.execute_interactive(
+                source, timeout=60, allow_stdin=True, stdin_hook=answer, output_hook=hear
+            )
+            return reply["content"]["status"]
+
+        assert run(SOURCES[0]) == "ok"
+        policy = """\
+class Mine:
+    dynamic = True
+    def rank(self, sequence):
+        if armed:
+            breakpoint()
+        return 0
+armed = False
+engine.set_policy(Mine)
+engine.add_request("a b c", request_id="mine")
+armed = True
+print(engine.step())"""
+        assert run(policy) == "ok"
+        text = "".join(said)
+        assert len(asked) == 2 and "('mine', 42)" in text
+        assert "admitted mine" in text, "and the step went on"
+        assert (
+            run("import logging; engine.start(); import time; time.sleep(.5); engine.pause()")
+            == "ok"
+        )
+        assert len(asked) == 2, "nobody waits for a step in the background"
+        assert "breakpoint() was passed over" in "".join(said)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
