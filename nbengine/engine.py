@@ -33,7 +33,7 @@ from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
 from nbengine.core.sampling_params import SamplingParams
-from nbengine.core.scheduler import Scheduler
+from nbengine.core.scheduler import Fit, Scheduler
 from nbengine.core.snapshot import Snapshot
 from nbengine.core.state import Keyframe, State
 from nbengine.core.why import Explanation, explain
@@ -49,6 +49,7 @@ from nbengine.errors import (
 )
 from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscriber
 from nbengine.rewind import Rewind
+from nbengine.startup import StartupTimes
 
 if TYPE_CHECKING:
     from nbengine.execution.kv_cache import KVCache
@@ -98,6 +99,8 @@ class Engine:
                 "config", config, "must be an EngineConfig: a model goes in by name, model=..."
             )
         self.clock: Callable[[], float] = time.monotonic
+        self.startup = StartupTimes()
+        """Seconds that each phase of the start took."""
         self.history = History()
         self.error: BaseException | None = None
         """What ended the last background run, if it failed."""
@@ -133,19 +136,23 @@ class Engine:
             raise
 
     def _load(self, config: EngineConfig) -> None:
-        from nbengine.execution.runner import ModelRunner
-        from nbengine.models.registry import resolve_model
+        startup = self.startup
+        with startup.phase("import torch and the model's code"):
+            from nbengine.execution.runner import ModelRunner
+            from nbengine.models.registry import resolve_model
 
-        path = resolve_model(config.model)
+        with startup.phase("find the model"):
+            path = resolve_model(config.model)
         found = "gguf" if path.suffix == ".gguf" else "safetensors"
         if config.load_format not in ("auto", found):
             raise InvalidField("load_format", config.load_format, f"but {path} holds {found}")
         self.tokenizer: Tokenizer | None = None
         if not config.skip_tokenizer_init:
-            from nbengine.tokenizer import load_tokenizer
+            with startup.phase("tokenizer"):
+                from nbengine.tokenizer import load_tokenizer
 
-            self.tokenizer = load_tokenizer(path, config.tokenizer)
-        runner, memory = ModelRunner.load(path, config)
+                self.tokenizer = load_tokenizer(path, config.tokenizer)
+        runner, memory = ModelRunner.load(path, config, startup)
         self._runner = runner
         self.memory: MemoryBudget = memory
         self.config: EngineConfig = config.resolve(memory.max_model_len, memory.num_blocks)
@@ -386,6 +393,19 @@ class Engine:
         )
         self.scheduler.check_fits(request)
         return partial(self._queue, request, request_id is not None, text)
+
+    def fit(self, prompt: Prompt, params: Params | None = None) -> Fit:
+        """Whether a request could ever run here, with the numbers: blocks, seats and, without chunked
+        prefill, the token budget. Nothing is queued.
+
+        Raises:
+            InvalidRequest, InvalidField: as `add_request`.
+        """
+        self._check_open()
+        request, _ = self._admission.check(
+            prompt, params, request_id="fit", priority=0, cache_salt=None
+        )
+        return self.scheduler.fit(request)
 
     def _next_id(self) -> str:
         """The id of the next request that is given none."""

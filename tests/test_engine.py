@@ -606,3 +606,51 @@ class TestLookingIn:
         for name in ("model", "kv_cache"):
             with pytest.raises(EngineClosed):
                 getattr(engine, name)
+
+
+class TestLookingAhead:
+    def test_fit_says_whether_a_request_could_ever_run_with_the_numbers(self, make):
+        engine = make(num_gpu_blocks_override=13, max_num_seqs=2)
+        fit = engine.fit([5] * 30, SamplingParams(max_tokens=20))
+        assert fit and str(fit) == "fits: needs 4 of 13 blocks at most, 1 of 2 seats"
+        too_many = engine.fit([5] * 30, SamplingParams(max_tokens=20, n=3))
+        assert not too_many and "3 of 2 seats" in str(too_many)
+        assert not engine.has_work, "nothing was queued"
+
+    def test_fit_and_add_request_agree(self, make):
+        engine = make(num_gpu_blocks_override=13, max_num_seqs=4)
+        for n in (1, 4, 5):
+            params = SamplingParams(max_tokens=9, n=n)
+            fit = engine.fit([5] * 30, params)
+            if fit:
+                engine.abort(engine.add_request([5] * 30, params))
+            else:
+                with pytest.raises(RequestTooLarge) as refused:
+                    engine.add_request([5] * 30, params)
+                assert (refused.value.needed, refused.value.available) == (5, 4)
+
+    def test_start_up_time_is_told_by_phase(self, make):
+        startup = make().startup
+        assert {"find the model", "weights", "KV cache"} <= startup.seconds.keys()
+        assert startup.total == sum(startup.seconds.values()) > 0
+        assert str(startup).splitlines()[-1].startswith("in all")
+
+    def test_a_sequences_company_is_told_step_by_step(self, make):
+        engine = make(max_num_batched_tokens=16)
+        engine.add_request([5] * 20, SamplingParams(max_tokens=3, ignore_eos=True), request_id="a")
+        engine.step()
+        engine.add_request([6] * 4, SamplingParams(max_tokens=3, ignore_eos=True), request_id="b")
+        engine.run()
+        batches = engine.history.batches_of("a")
+        assert batches[:2] == [(1, {"a": 16}), (2, {"a": 4, "b": 4})]
+
+    def test_each_requests_times_are_told(self, make):
+        engine = make()
+        name = engine.add_request([5] * 20, SamplingParams(max_tokens=4, ignore_eos=True))
+        assert engine.metrics(name).ttft is None
+        engine.run()
+        metrics = engine.metrics(name)
+        assert len(metrics.token_times) == 4 and len(metrics.inter_token_latencies) == 3
+        assert metrics.time_in_queue + metrics.prefill_time == pytest.approx(metrics.ttft)
+        assert metrics.tpot == pytest.approx(sum(metrics.inter_token_latencies) / 3)
+        assert "first token after" in str(metrics)

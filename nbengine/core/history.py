@@ -77,6 +77,11 @@ class History:
             state.apply(self[n])
         return state
 
+    def batches_of(self, seq_id: str) -> list[tuple[int, dict[str, int]]]:
+        """The company that a sequence was computed in: (step, tokens of each sequence in it), for
+        every step that computed some of it."""
+        return [(r.step, r.scheduled) for r in self if seq_id in r.scheduled]
+
     def cut(self, step: int) -> tuple[StepRecord, ...]:
         """Drop what came after step `step`; returns the records that did, oldest first."""
         self.num_cuts += 1

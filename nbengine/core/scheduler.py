@@ -51,6 +51,41 @@ from nbengine.errors import InvalidRequest, RequestTooLarge, UnknownRequest
 _BY_ORDER = attrgetter("order")
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a request could run to its end if it were alone, and the numbers."""
+
+    num_blocks_needed: int
+    num_blocks: int
+    num_sequences: int
+    max_num_seqs: int
+    num_tokens_in_one_step: int | None
+    """Without chunked prefill: what the token budget must hold."""
+    max_num_batched_tokens: int
+
+    @property
+    def fits(self) -> bool:
+        return (
+            self.num_blocks_needed <= self.num_blocks
+            and self.num_sequences <= self.max_num_seqs
+            and (self.num_tokens_in_one_step or 0) <= self.max_num_batched_tokens
+        )
+
+    def __bool__(self) -> bool:
+        return self.fits
+
+    def __str__(self) -> str:
+        told = [
+            f"{self.num_blocks_needed} of {self.num_blocks} blocks at most",
+            f"{self.num_sequences} of {self.max_num_seqs} seats",
+        ]
+        if self.num_tokens_in_one_step is not None:
+            told.append(
+                f"{self.num_tokens_in_one_step} of {self.max_num_batched_tokens} tokens in one step"
+            )
+        return f"{'fits' if self.fits else 'can never fit'}: needs {', '.join(told)}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """The numbers that the scheduler works with; `EngineConfig` documents and checks them."""
@@ -131,6 +166,20 @@ class Scheduler:
         self._journal.ranked[seq.seq_id] = rank
         return live
 
+    def fit(self, request: Request) -> Fit:
+        """Whether the request could run if it were alone; from any thread."""
+        config = self.config
+        # The last token is sampled and never computed, so it needs no slot.
+        most = max(request.max_total_tokens - 1, request.num_prompt_tokens)
+        return Fit(
+            self._num_blocks(most),
+            config.num_blocks,
+            request.num_sequences,
+            config.max_num_seqs,
+            None if config.enable_chunked_prefill else most,
+            config.max_num_batched_tokens,
+        )
+
     def check_fits(self, request: Request) -> None:
         """Whether the request could run if it were alone; from any thread.
 
@@ -140,9 +189,8 @@ class Scheduler:
         config = self.config
         if not request.prompt_token_ids:
             raise InvalidRequest(f"request {request.request_id}: the prompt is empty")
-        # The last token is sampled and never computed, so it needs no slot.
-        most = max(request.max_total_tokens - 1, request.num_prompt_tokens)
-        needed = -(-most // config.block_size)
+        fit = self.fit(request)
+        needed, most = fit.num_blocks_needed, fit.num_tokens_in_one_step or 0
         if needed > config.num_blocks:
             raise RequestTooLarge(
                 f"request {request.request_id} needs {needed} blocks of {config.block_size} tokens "
@@ -159,7 +207,7 @@ class Scheduler:
                 needed=request.num_sequences,
                 available=config.max_num_seqs,
             )
-        if not config.enable_chunked_prefill and most > config.max_num_batched_tokens:
+        if most > config.max_num_batched_tokens:
             raise RequestTooLarge(
                 f"request {request.request_id} may come to {most} tokens, which must fit one step "
                 f"because chunked prefill is off, but max_num_batched_tokens is "

@@ -44,6 +44,7 @@ from nbengine.models.decoder import Decoder
 from nbengine.models.kernel_layers import KernelLayers, choose_kernels
 from nbengine.models.registry import open_checkpoint, resolve_device, resolve_dtype
 from nbengine.models.weights import build_decoder
+from nbengine.startup import StartupTimes
 
 _PROMPT_ROWS = 128
 """Prompt tokens scored at a time: the logits of a long prompt are larger than many a model."""
@@ -66,7 +67,9 @@ class ModelRunner:
         self._is_set_up = False
 
     @classmethod
-    def load(cls, path: Path, settings: EngineConfig) -> tuple[ModelRunner, MemoryBudget]:
+    def load(
+        cls, path: Path, settings: EngineConfig, startup: StartupTimes | None = None
+    ) -> tuple[ModelRunner, MemoryBudget]:
         """A runner of the model at `path`, ready to execute, and the memory it was given.
 
         The budget comes first, from the config alone, so that a model that can't fit is refused
@@ -74,54 +77,61 @@ class ModelRunner:
         Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`, `NotEnoughMemory`, and
         `InvalidField` for an unknown dtype or quantization, or kernels that don't serve the model.
         """
-        checkpoint = open_checkpoint(path)
+        startup = startup or StartupTimes()
+        with startup.phase("find the model"):
+            checkpoint = open_checkpoint(path)
         config = checkpoint.config
         on_cpu = settings.kernels == "emulated" and settings.device == "auto"
         device = resolve_device("cpu" if on_cpu else settings.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread, which will take the steps
         dtype = resolve_dtype(settings.dtype, config, settings.quantization, device)
-        kernels = choose_kernels(settings, config, dtype, device)
+        with startup.phase("compiler"):
+            kernels = choose_kernels(settings, config, dtype, device)
         budget = plan_memory(config, settings, dtype=dtype, device=device)
         try:
-            decoder = build_decoder(
-                checkpoint,
-                dtype=dtype,
-                quantization=settings.quantization,  # type: ignore[arg-type]  # checked by it
-                device=device,
-                max_positions=budget.max_model_len,
-                for_kernels=kernels is not None,
-            )
-            if kernels is not None:
-                decoder.kernel_layers = KernelLayers(decoder, kernels)
+            with startup.phase("weights"):
+                decoder = build_decoder(
+                    checkpoint,
+                    dtype=dtype,
+                    quantization=settings.quantization,  # type: ignore[arg-type]  # checked by it
+                    device=device,
+                    max_positions=budget.max_model_len,
+                    for_kernels=kernels is not None,
+                )
+                if kernels is not None:
+                    decoder.kernel_layers = KernelLayers(decoder, kernels)
             if device.type == "cuda":
                 uses_graphs = kernels is not None and not settings.enforce_eager
-                activations = measure_activations(
-                    decoder, settings, budget.max_model_len, uses_graphs
-                )
+                with startup.phase("kernels and a first step, for the memory budget"):
+                    activations = measure_activations(
+                        decoder, settings, budget.max_model_len, uses_graphs
+                    )
                 measured = Measured(
                     budget.available, decoder.nbytes, activations, decoder.max_positions
                 )
                 budget = plan_memory(
                     config, settings, dtype=dtype, device=device, measured=measured
                 )
-            kv_cache = KVCache.allocate(
-                config,
-                budget.num_blocks,
-                settings.block_size,
-                dtype,
-                device,
-                num_host_blocks=budget.num_host_blocks,
-            )
+            with startup.phase("KV cache"):
+                kv_cache = KVCache.allocate(
+                    config,
+                    budget.num_blocks,
+                    settings.block_size,
+                    dtype,
+                    device,
+                    num_host_blocks=budget.num_host_blocks,
+                )
             kv_cache.kernels = kernels
             buffer = graphs = None
             if device.type == "cuda":
                 buffer = BatchBuffer.for_settings(settings, budget.max_model_len, device)
                 if uses_graphs:
-                    graphs = DecodeGraphs.for_settings(
-                        decoder, kv_cache, settings, budget.max_model_len
-                    )
-                    graphs.reserve(buffer)
+                    with startup.phase("CUDA graphs"):
+                        graphs = DecodeGraphs.for_settings(
+                            decoder, kv_cache, settings, budget.max_model_len
+                        )
+                        graphs.reserve(buffer)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, NbengineError) or not _is_out_of_memory(error):
                 raise

@@ -187,10 +187,14 @@ def _row(
         "num_preemptions": seq.num_preemptions,
         "num_blocks": len(seq.block_table),
         "text": tail(text, TEXT_TAIL),
-        "ttft": metrics.ttft if metrics else None,
+        "ttft": _rounded(metrics.ttft) if metrics else None,
         "speed": round(1 / tpot, 1) if tpot else None,
         "why": _why(seq, waits, head),
     }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 def _why(seq: Sequence, waits: dict[str, Wait], head: str | None) -> str:
@@ -245,7 +249,7 @@ def _ended_row(output: RequestOutput) -> dict[str, Any]:
         "num_prompt": len(output.prompt_token_ids),
         "num_output": sum(len(s.token_ids) for s in samples),
         "num_cached": output.num_cached_tokens,
-        "ttft": metrics.ttft,
+        "ttft": _rounded(metrics.ttft),
         "speed": round(1 / metrics.tpot, 1) if metrics.tpot else None,
         "text": tail(samples[0].text, TEXT_TAIL) if samples else "",
     }

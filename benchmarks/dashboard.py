@@ -1,0 +1,218 @@
+"""What an open dashboard costs the engine, and how soon its buttons answer.
+
+    python benchmarks/dashboard.py [--rounds 9] [--seconds 3] [--out benchmarks/results/dashboard.json]
+
+A real kernel runs an engine of 16,000 KV blocks and 256 running sequences in the background, first
+over a stand-in for a GPU (a step waits 8 ms, as for a device, and everything else is real), then over
+SmolLM2-135M on this CPU. This process is the page: it takes every frame from the kernel's socket and
+acknowledges it, as a browser that draws at once. Steps a second are counted with the dashboard open
+and closed, in alternating rounds of one process; the cost is the ratio of the medians. A button's
+delay is from sending its message to the frame that shows what it did. The engine's and the browser's
+drawing are not in it: the browser is another process, on most machines on another core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import queue
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.manager import KernelManager
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+COMMON = f"""
+import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+import random, time
+from nbengine import Engine, SamplingParams
+%load_ext nbengine
+"""
+STAND_IN = """
+from nbengine.core.plan import StepOutput
+from tests.jupyter.scripted import ScriptedEngine
+def compute(plan):
+    time.sleep(0.008)
+    done = [s for s, n in plan.scheduled if s.num_computed_tokens + n == len(s.tokens)]
+    return StepOutput(samples={s.seq_id: [r.randrange(30)] for s in done})
+r = random.Random(1)
+engine = ScriptedEngine(
+    model="scripted", num_gpu_blocks_override=16_000, max_num_seqs=256, max_model_len=1_000_000
+)
+engine.runner.compute = compute
+"""
+SMOLLM2 = """
+engine = Engine(
+    model="smollm2-135m", quantization="int4", num_gpu_blocks_override=16_000, max_num_seqs=256
+)
+"""
+LOAD = """
+r = random.Random(0)
+def load():
+    for _ in range({num_seqs}):
+        prompt = [r.randrange(1000) for _ in range(r.randint(64, 512))]
+        engine.add_request(prompt, SamplingParams(max_tokens={max_tokens}, ignore_eos=True))
+load()
+engine.run(until=lambda record: record.num_running == {num_seqs} and len(record.sampled) == {num_seqs})
+engine.start()
+"""
+
+
+class Kernel:
+    """A kernel, and the page of its dashboard."""
+
+    def __init__(self) -> None:
+        self.manager = KernelManager()
+        self.manager.start_kernel(cwd=str(REPOSITORY / "benchmarks"))
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=120)
+        self.comm: str | None = None
+        self.num_frames = self.num_bytes = 0
+        self.state: dict[str, Any] = {}
+
+    def run(self, source: str) -> str:
+        """What a cell prints."""
+        said: list[str] = []
+
+        def hear(message: Any) -> None:
+            self._hear(message)
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                said.append(content["text"])
+            if message["msg_type"] == "error":
+                raise RuntimeError("\\n".join(content["traceback"]))
+
+        self.client.execute_interactive(source, timeout=600, output_hook=hear)
+        return "".join(said)
+
+    def listen(self, seconds: float, until: Any = lambda state: False) -> None:
+        """Be the page for a while."""
+        end = time.perf_counter() + seconds
+        while (left := end - time.perf_counter()) > 0 and not until(self.state):
+            try:
+                self._hear(self.client.get_iopub_msg(timeout=left))
+            except queue.Empty:
+                return
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """A message from the page."""
+        content = {
+            "comm_id": self.comm,
+            "data": {"method": "custom", "content": {"type": kind, **fields}},
+        }
+        self.client.shell_channel.send(self.client.session.msg("comm_msg", content))
+
+    def _hear(self, message: Any) -> None:
+        content = message["content"]
+        if message["msg_type"] == "comm_open" and "DashboardWidget" in str(content["data"]):
+            self.comm = content["comm_id"]
+            self.send("ready")
+        data = content.get("data", {})
+        if message["msg_type"] != "comm_msg" or data.get("method") != "custom":
+            return
+        frame = data["content"]
+        self.num_frames += 1
+        self.num_bytes += len(frame["json"]) + sum(len(b) for b in message["buffers"])
+        self.state = json.loads(frame["json"])["live"]
+        self.send("drawn", seq=frame["seq"])
+
+    def close(self) -> None:
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+def steps_per_second(kernel: Kernel, seconds: float) -> float:
+    read = "print(engine.scheduler.step_count, time.perf_counter(), len(engine.scheduler.running))"
+    first, began, _ = kernel.run(read).split()
+    kernel.listen(seconds)
+    last, ended, running = kernel.run(read).split()
+    assert int(running) > 0, "the work has ended: raise max_tokens"
+    return (int(last) - int(first)) / (float(ended) - float(began))
+
+
+def button_delays(kernel: Kernel, count: int) -> list[float]:
+    """Seconds from a click on Pause or Run to the frame that shows it, while the engine runs."""
+    delays = []
+    for i in range(count):
+        wanted = i % 2 == 1
+        began = time.perf_counter()
+        kernel.send("run" if wanted else "pause")
+        kernel.listen(5, until=lambda state, wanted=wanted: state.get("is_running") is wanted)
+        delays.append(time.perf_counter() - began)
+        kernel.listen(0.1)
+    return delays
+
+
+def measure(setup: str, num_seqs: int, max_tokens: int, rounds: int, seconds: float) -> dict:
+    kernel = Kernel()
+    try:
+        kernel.run(COMMON + setup)
+        kernel.run(LOAD.format(num_seqs=num_seqs, max_tokens=max_tokens))
+        closed, opened, delays = [], [], []
+        frames = num_bytes = 0
+        for _ in range(rounds):
+            closed.append(steps_per_second(kernel, seconds))
+            kernel.run("dashboard = engine.dashboard(); display(dashboard)")
+            kernel.listen(0.5)
+            before = kernel.num_frames, kernel.num_bytes
+            opened.append(steps_per_second(kernel, seconds))
+            frames += kernel.num_frames - before[0]
+            num_bytes += kernel.num_bytes - before[1]
+            delays += button_delays(kernel, 4)
+            kernel.run("dashboard.close(); engine.start()")
+        ratio = statistics.median(opened) / statistics.median(closed)
+        return {
+            "steps_per_second_closed": closed,
+            "steps_per_second_open": opened,
+            "lost": 1 - ratio,
+            "lost_by_pairs": [1 - b / a for a, b in zip(closed, opened, strict=True)],
+            "frames_per_second": frames / (rounds * seconds),
+            "bytes_per_frame": num_bytes / max(1, frames),
+            "button_seconds_median": statistics.median(delays),
+            "button_seconds_most": max(delays),
+        }
+    finally:
+        kernel.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "dashboard.json"
+    )
+    arguments = parser.parse_args()
+    results = {
+        "stand-in for a GPU, 8 ms a step, 256 sequences": measure(
+            STAND_IN, 256, 100_000, arguments.rounds, arguments.seconds
+        ),
+        "SmolLM2-135M int4 on a CPU, 16 sequences": measure(
+            SMOLLM2, 16, 4_000, arguments.rounds, arguments.seconds
+        ),
+    }
+    for name, result in results.items():
+        print(
+            f"{name}: {result['lost']:.1%} of {statistics.median(result['steps_per_second_closed']):.1f}"
+            f" steps/s lost, {result['frames_per_second']:.0f} frames/s of "
+            f"{result['bytes_per_frame'] / 1024:.1f} KiB, a button answers in "
+            f"{1e3 * result['button_seconds_median']:.0f} ms (at most "
+            f"{1e3 * result['button_seconds_most']:.0f})"
+        )
+    machine = {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "time": time.strftime("%Y-%m-%d"),
+    }
+    arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
