@@ -54,6 +54,7 @@ from nbengine.startup import StartupTimes
 if TYPE_CHECKING:
     from nbengine.execution.kv_cache import KVCache
     from nbengine.execution.memory import MemoryBudget
+    from nbengine.execution.probe import Probe
     from nbengine.execution.runner import ModelRunner
     from nbengine.jupyter.dashboard import Dashboard
     from nbengine.kernels.op import Arguments
@@ -795,6 +796,44 @@ class Engine:
             UnknownRequest: nothing of that name is known (any more).
         """
         return self._call(lambda: explain(self.scheduler, self.history, name))
+
+    def probe(self, name: str, step: int | None = None) -> Probe:
+        """What the model sees at the last token that was computed of a sequence after step `step` (or
+        now): logits, top candidates, hidden states and attention weights. Its tokens up to there are
+        computed again, alone and over blocks of their own, between two steps.
+
+        Raises:
+            UnknownRequest: no sequence of that name was unfinished then.
+            UnknownStep: the history does not reach that step.
+            InvalidRequest: nothing of it was computed yet.
+        """
+        return self._call(lambda: self._probe(name, step))
+
+    def _probe(self, name: str, step: int | None) -> Probe:
+        from nbengine.execution.probe import Probe
+
+        assert self._runner is not None
+        state = State.of(self.scheduler) if step is None else self.history.state_at(step)
+        seq = state.sequences.get(name)
+        if seq is None:
+            raise UnknownRequest(f"no unfinished sequence {name!r} after step {state.step}")
+        tokens = seq.tokens[: seq.num_computed_tokens]
+        if not tokens:
+            raise InvalidRequest(
+                f"of {name!r} nothing is computed after step {state.step} ({seq.status}): there is "
+                "nothing to look at yet"
+            )
+        inside = self._runner.probe(tokens, self.config.max_num_batched_tokens)
+        decode = self.tokenizer.decode if self.tokenizer is not None else None
+        return Probe(
+            name,
+            state.step,
+            tuple(tokens),
+            tuple(seq.block_table),
+            state.block_size,
+            *inside,
+            lambda token: decode([token], skip_special_tokens=False) if decode else "",
+        )
 
     def on_step(self, listener: Callable[[StepRecord], None]) -> Callable[[], None]:
         """Have `listener(record)` called after every step (a failed one too), on the engine's

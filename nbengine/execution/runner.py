@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from nbengine.execution.memory import (
     measure_activations,
     plan_memory,
 )
+from nbengine.execution.probe import look_inside
 from nbengine.execution.sample_row import SampleRow
 from nbengine.execution.sampler import Sampler, beam_candidates, prompt_logprobs
 from nbengine.kernels.capture import give_back_memory
@@ -217,6 +219,11 @@ class ModelRunner:
             recording.stop()
             self.kv_cache.data[written] = kept
         return recording.calls
+
+    def probe(self, token_ids: Seq[int], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, hidden states and attention weights of the last of these tokens, computed alone and
+        at most `chunk` at a time; see `Probe`."""
+        return look_inside(self.decoder, self.kernels, token_ids, self.kv_cache.block_size, chunk)
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Do all the plan says."""

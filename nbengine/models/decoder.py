@@ -28,6 +28,7 @@ from nbengine.models.linear import Linear
 from nbengine.models.ops import RmsNorm, rotate, silu_and_mul
 
 if TYPE_CHECKING:
+    from nbengine.execution.probe import LayerWatch
     from nbengine.models.kernel_layers import KernelLayers
 
 
@@ -89,22 +90,27 @@ class Decoder:
         return self.embedding.nbytes + layers + self.norm.nbytes + head + self.rope.nbytes
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """The last layer's output `[T, hidden]`, and the batch's keys and values in the cache.
+    def forward(self, batch: Batch, kv_cache: KVCache, watch: LayerWatch | None = None) -> Tensor:
+        """The last layer's output `[T, hidden]`, and the batch's keys and values in the cache; what
+        the layers saw at the last row, in `watch`.
 
         The final norm is left to `compute_logits`, which few of the rows need.
         """
         if self.kernel_layers is not None:
-            return self.kernel_layers(batch, kv_cache)
+            return self.kernel_layers(batch, kv_cache, watch)
         x = embedding(batch.token_ids, self.embedding)
         cos_sin = self.rope[batch.positions]  # [T, 2, head_dim]
-        if batch.max_query_len == 1:
+        if watch is not None:
+            watch.see_hidden(x)
+        elif batch.max_query_len == 1:
             compiled = self._compiled_for(kv_cache)
             if compiled is not None:
                 return compiled(x, cos_sin, batch)
         for layer, k_cache, v_cache in zip(self.layers, kv_cache.k, kv_cache.v, strict=True):
-            x += self._attention(layer, x, cos_sin, batch, k_cache, v_cache)
+            x += self._attention(layer, x, cos_sin, batch, k_cache, v_cache, watch)
             x += layer.down(silu_and_mul(layer.gate_up(layer.post_attention_norm(x))))
+            if watch is not None:
+                watch.see_hidden(x)
         return x
 
     @torch.inference_mode()
@@ -129,6 +135,7 @@ class Decoder:
         batch: Batch,
         k_cache: Tensor,
         v_cache: Tensor,
+        watch: LayerWatch | None,
     ) -> Tensor:
         config = self.config
         num_rotated = config.num_heads + config.num_kv_heads
@@ -139,6 +146,8 @@ class Decoder:
             qk = layer.qk_norm(qk)
         qk = rotate(qk, cos_sin)
         q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
+        if watch is not None:
+            watch.see_queries(q)
         write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
         scale = config.head_dim**-0.5
         out = paged_attention(q, k_cache, v_cache, batch, scale, window=layer.window)

@@ -32,6 +32,7 @@ from nbengine.models.config import ModelConfig
 from nbengine.models.linear import DenseLinear, Linear, QuantizedLinear
 
 if TYPE_CHECKING:
+    from nbengine.execution.probe import LayerWatch
     from nbengine.models.decoder import Decoder, Layer
 
 _log = logging.getLogger("nbengine")
@@ -103,8 +104,9 @@ class KernelLayers:
         self._workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=decoder.device)
         self._version = kernels.version
 
-    def __call__(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """The last layer's output `[T, hidden]`, and the batch's keys and values in the cache."""
+    def __call__(self, batch: Batch, kv_cache: KVCache, watch: LayerWatch | None = None) -> Tensor:
+        """The last layer's output `[T, hidden]`, and the batch's keys and values in the cache; what
+        the layers saw at the last row, in `watch`."""
         decoder, kernels = self.decoder, self.kernels
         if self._version != kernels.version:  # another implementation may have left anything there
             self._workspace.zero_()
@@ -113,9 +115,11 @@ class KernelLayers:
         normed = torch.empty_like(x)
         norm = decoder.layers[0].input_norm
         kernels.rms_norm(out=normed, x=x, weight=norm.weight, eps=norm.eps)
+        if watch is not None:
+            watch.see_hidden(x)
         for index, layer in enumerate(decoder.layers):
             k_cache, v_cache = kv_cache.k[index], kv_cache.v[index]
-            out = self._attention(layer, normed, batch, k_cache, v_cache)
+            out = self._attention(layer, normed, batch, k_cache, v_cache, watch)
             norm = layer.post_attention_norm
             kernels.rms_norm(out=normed, x=out, residual=x, weight=norm.weight, eps=norm.eps)
             gate_up = self.product(layer.gate_up, normed)
@@ -127,6 +131,8 @@ class KernelLayers:
                 kernels.rms_norm(out=normed, x=out, residual=x, weight=norm.weight, eps=norm.eps)
             else:
                 x += out
+            if watch is not None:
+                watch.see_hidden(x)
         return x
 
     def compute_logits(self, hidden_rows: Tensor) -> Tensor:
@@ -155,7 +161,13 @@ class KernelLayers:
         return out
 
     def _attention(
-        self, layer: Layer, normed: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor
+        self,
+        layer: Layer,
+        normed: Tensor,
+        batch: Batch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        watch: LayerWatch | None,
     ) -> Tensor:
         config, kernels = self.decoder.config, self.kernels
         qkv = self.product(layer.qkv, normed)
@@ -171,6 +183,8 @@ class KernelLayers:
             qk_weight=None if layer.qk_norm is None else layer.qk_norm.weight,
             eps=config.rms_norm_eps,
         )
+        if watch is not None:
+            watch.see_queries(q)
         out = torch.empty_like(q)
         scale = config.head_dim**-0.5
         decodes = batch.num_decodes

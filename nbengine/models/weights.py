@@ -72,6 +72,10 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._file_of[name].get_tensor(name)
+        if (
+            tensor.data_ptr() % 16
+        ):  # safetensors aligns to 8 bytes only, and kernels read 16 at once
+            tensor = tensor.clone()
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise WeightsError(
                 f"{self.directory}: tensor {name} is stored as {tensor.dtype}; float32, float16 "

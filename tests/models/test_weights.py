@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nbengine.errors import ModelNotFound, NbengineError, WeightsError
 from nbengine.models.registry import load_model
+from nbengine.models.weights import SafetensorsCheckpoint
 from tests.tiny_models import PagedRun, assert_same_logits, random_tokens, save_reference
 
 PROMPT = random_tokens(20)
@@ -214,3 +215,19 @@ def test_logits_are_those_of_the_model_that_was_saved(original, tmp_path):
     with torch.inference_mode():
         want = again(input_ids=torch.tensor([PROMPT])).logits[0]
     assert_same_logits(logits(original), want)
+
+
+def test_tensors_are_aligned_whatever_the_files_header(tmp_path, tiny_llama):
+    """safetensors pads its header to 8 bytes; the engine's kernels read 16 at once."""
+    seen = set()
+    for i in range(4):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        name = "weight" + "x" * 8 * i
+        save_file({name: torch.arange(64.0)}, folder / "model.safetensors")
+        shutil.copy(tiny_llama / "config.json", folder)
+        length = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+        seen.add((8 + length) % 16)
+        tensor = SafetensorsCheckpoint(folder).tensor(name)
+        assert tensor.data_ptr() % 16 == 0 and torch.equal(tensor, torch.arange(64.0))
+    assert seen == {0, 8}, "of both kinds"
