@@ -57,6 +57,18 @@ class History:
         self.nbytes += keyframe.nbytes
         self._nbytes_since = 0
 
+    @property
+    def first_state(self) -> int:
+        """The earliest step after which the state can be rebuilt.
+
+        Raises:
+            UnknownStep: there is none.
+        """
+        keyframes = tuple(self._keyframes)
+        if not keyframes:
+            raise UnknownStep("the history can rebuild no state yet: it holds no keyframe")
+        return keyframes[0].step
+
     def state_at(self, step: int) -> State:
         """The state after step `step`, made anew; 0 is before the first.
 
