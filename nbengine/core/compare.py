@@ -45,6 +45,8 @@ class Figures:
     """Requests that came to their end; not those that were aborted or failed."""
     num_unstarted: int
     """Requests that arrived, of which nothing was computed."""
+    num_refused: int
+    """Requests that a simulation left out, because they could never fit."""
     num_tokens: int
     """Computed, those that were computed again included."""
     num_output_tokens: int
@@ -138,7 +140,7 @@ def compare(*runs: Any, **named: Any) -> Comparison:
             label = f"{plain} ({number})"
         compared[label] = Run(
             label,
-            figures_of(records),
+            figures_of(records, len(getattr(run, "refused", ()))),
             tuple(r.num_held_blocks for r in records),
             tuple(r.num_waiting for r in records),
         )
@@ -155,7 +157,7 @@ def _records_of(name: str, run: Any) -> tuple[StepRecord, ...]:
     return records
 
 
-def figures_of(records: Iterable[StepRecord]) -> Figures:
+def figures_of(records: Iterable[StepRecord], num_refused: int = 0) -> Figures:
     """A run in numbers."""
     records = tuple(records)
     reader = _Reader()
@@ -168,6 +170,7 @@ def figures_of(records: Iterable[StepRecord]) -> Figures:
         num_arrived=reader.num_arrived,
         num_finished=reader.num_finished,
         num_unstarted=len(reader.arrived),
+        num_refused=num_refused,
         num_tokens=sum(record.num_tokens for record in records),
         num_output_tokens=sum(len(record.sampled) for record in records),
         waiting=Spread.of(reader.waiting),
@@ -246,6 +249,7 @@ _ROWS = (
     ("steps", lambda f: f.num_steps),
     ("requests finished", lambda f: f.num_finished),
     ("requests never begun", lambda f: f.num_unstarted),
+    ("requests refused", lambda f: f.num_refused),
     ("output tokens a step", lambda f: f.output_tokens_per_step),
     ("tokens computed a step", lambda f: f.tokens_per_step),
     ("steps waited: mean", lambda f: f.waiting.mean),

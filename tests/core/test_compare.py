@@ -111,6 +111,14 @@ class TestComparison:
         with pytest.raises(KeyError, match="no run 'lifo': there are fcfs"):
             comparison["lifo"]
 
+    def test_what_a_simulation_refused_is_in_the_table(self):
+        trace = Trace.synthetic(3, prompt_tokens=200, spread=0)
+        comparison = compare(
+            small=simulate(trace, num_blocks=5), large=simulate(trace, num_blocks=50)
+        )
+        rows = {row[0]: row[1:] for row in comparison.rows()}
+        assert rows["requests refused"] == ("3", "0 (-100%)")
+
     def test_a_fork_beside_what_happened(self, recorded):
         b = recorded(num_blocks=10)
         b.add(80, max_tokens=10)
@@ -127,7 +135,7 @@ class TestComparison:
         lines = text.splitlines()
         assert re.search(r"^ +fcfs +sjf$", lines[0])
         assert re.search(r"^steps to first token: mean +[\d.]+ +[\d.]+ \([-+]\d+%\)$", text, re.M)
-        assert len(lines) == 20
+        assert len(lines) == 21
 
     @pytest.mark.parametrize("runs", [(), (5,), ([1, 2],), ("fcfs",)], ids=str)
     def test_what_is_no_run_is_refused(self, runs):
