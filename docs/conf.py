@@ -56,7 +56,7 @@ def setup(app: Any) -> None:
 
 def without_fields(app: Any, what: str, name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
     """A record that only the engine makes is shown without its long constructor."""
-    made_by_engine = ("records", "snapshot", "why", "outputs", "history", "logprobs")
+    made_by_engine = ("records", "snapshot", "why", "outputs", "history", "logprobs", "compare")
     module = getattr(obj, "__module__", "").rpartition(".")[2]
     return ("", "") if what == "class" and module in made_by_engine else None
 

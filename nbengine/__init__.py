@@ -22,6 +22,10 @@ _HOMES = {
     "CompletionOutput": "nbengine.outputs",
     "Logprob": "nbengine.core.logprobs",
     "StepRecord": "nbengine.core.records",
+    "Trace": "nbengine.core.trace",
+    "Simulated": "nbengine.core.simulate",
+    "simulate": "nbengine.core.simulate",
+    "compare": "nbengine.core.compare",
     "NbengineError": "nbengine.errors",
 }
 
@@ -36,16 +40,23 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "Simulated",
     "StepRecord",
+    "Trace",
     "__version__",
+    "compare",
     "load_ipython_extension",
+    "simulate",
 ]
 
 if TYPE_CHECKING:
     from nbengine.config import EngineConfig
+    from nbengine.core.compare import compare
     from nbengine.core.logprobs import Logprob
     from nbengine.core.records import StepRecord
     from nbengine.core.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from nbengine.core.simulate import Simulated, simulate
+    from nbengine.core.trace import Trace
     from nbengine.engine import Engine
     from nbengine.errors import NbengineError
     from nbengine.llm import LLM

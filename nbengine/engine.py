@@ -52,6 +52,7 @@ from nbengine.rewind import Rewind
 from nbengine.startup import StartupTimes
 
 if TYPE_CHECKING:
+    from nbengine.core.simulate import Simulated
     from nbengine.execution.kv_cache import KVCache
     from nbengine.execution.memory import MemoryBudget
     from nbengine.execution.probe import Probe
@@ -725,6 +726,23 @@ class Engine:
             step, dropped, expected, lambda token: decode([token]) if decode else ""
         )
         return self._rewound
+
+    def fork(
+        self, step: int, policy: str | Policy | type | None = None, **changes: Any
+    ) -> Simulated:
+        """What would have happened after step `step` under another policy or other numbers
+        (`max_num_batched_tokens`, `num_blocks`, `max_num_seqs`, ...: fields of `SchedulerConfig`): the
+        scheduler alone, with the requests and the tokens that came in truth. The engine is not
+        touched. Compare what it returns with `engine.history` (`nbengine.compare`); see
+        `nbengine.core.simulate.fork`.
+
+        Raises:
+            UnknownStep, InvalidField: as that.
+        """
+        from nbengine.core.simulate import fork
+
+        policy = self.scheduler.policy if policy is None else policy
+        return fork(self.history, step, self.scheduler.config, policy, **changes)
 
     def _compare_with_before(self, advanced: list[Sequence], output: StepOutput) -> None:
         assert self._rewound is not None

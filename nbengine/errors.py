@@ -67,6 +67,11 @@ class UnknownStep(NbengineError, LookupError):
     """A step that has not been taken, or that the history no longer (or never) holds."""
 
 
+class TraceError(NbengineError, ValueError):
+    """A file is no trace, or a line of it is not what it should be: the message says which, and
+    why."""
+
+
 class CacheBusy(NbengineError, RuntimeError):
     """The prefix cache can't be reset while sequences hold blocks."""
 

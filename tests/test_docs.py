@@ -78,6 +78,13 @@ def test_the_examples_of_the_quick_start_run(tmp_path: Path) -> None:
     )
 
 
+def test_the_examples_of_time_travel_run(tmp_path: Path) -> None:
+    printed = run(python_of(ROOT / "docs" / "time_travel.md"), tmp_path)
+    assert "steps of sjf over 150 blocks of 16, until all requests had finished" in printed
+    assert "steps waited: mean" in printed
+    assert json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+
+
 def test_every_setting_has_a_meaning_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import conf

@@ -214,6 +214,29 @@ class TestRewind:
         assert said(engine) == whole
 
 
+class TestFork:
+    def test_with_nothing_changed_it_is_what_happened(self, busy):
+        engine = busy()
+        engine.run()
+        for step in (0, 4, 9):
+            forked = engine.fork(step)
+            real = [record for record in engine.history if record.step > step]
+            assert len(forked) == len(real)
+            for mine, record in zip(forked, real, strict=True):
+                assert mine.scheduled == record.scheduled and mine.sampled == record.sampled
+                assert mine.allocated == record.allocated and mine.preempted == record.preempted
+
+    def test_it_does_not_touch_the_engine(self, busy):
+        engine = busy()
+        engine.run(4)
+        before = engine.snapshot(), told(engine), len(engine.history)
+        forked = engine.fork(2, "sjf", num_blocks=40, max_num_batched_tokens=8)
+        assert max(record.num_tokens for record in forked) == 8
+        assert (engine.snapshot(), told(engine), len(engine.history)) == before
+        engine.run()
+        assert all(output[0][2] == "length" for output in told(engine))
+
+
 class TestBreakpoints:
     @pytest.mark.parametrize(
         ("name", "field"),

@@ -11,7 +11,7 @@ Every verb here either does all of what it says or, refused, nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nbengine.core.prefix_cache import BlockContent, PrefixCache
@@ -127,6 +127,20 @@ class BlockPool:
         self._free.extend(reversed(blocks))
         return len(blocks)
 
+    def restore(
+        self,
+        ref_counts: list[int],
+        free: Iterable[int],
+        cached: Iterable[int],
+        contents: Mapping[int, BlockContent],
+    ) -> None:
+        """Take over what another pool of this size held, each collection in that one's order."""
+        assert len(ref_counts) == self.num_blocks and not self.num_held and not self.num_cached
+        self.ref_counts = ref_counts
+        self._free, self._cached = list(free), OrderedDict.fromkeys(cached)
+        for block, content in contents.items():
+            self.prefix_cache.insert(content, block)
+
     def check_integrity(self) -> None:
         """Assert the invariants of the module's first paragraph."""
         free, cached = set(self._free), set(self._cached)
@@ -138,3 +152,12 @@ class BlockPool:
         content_of = self.prefix_cache.content_of
         assert cached <= content_of.keys(), "a cached block without content"
         assert not free & content_of.keys(), "a free block with content"
+
+
+class HostPool(BlockPool):
+    """Blocks of host memory. The lowest ones are handed out first, whatever came before: so what
+    sequences hold tells all there is to know, and no record need keep a second free list."""
+
+    def release(self, blocks: list[int]) -> None:
+        super().release(blocks)
+        self._free.sort(reverse=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 
+from nbengine.core.perfetto import to_perfetto
 from nbengine.core.records import StepRecord
 from nbengine.core.state import Keyframe, State
 from nbengine.errors import UnknownStep
@@ -59,6 +61,18 @@ class History:
         self.nbytes += keyframe.nbytes
         self._nbytes_since = 0
 
+    @property
+    def first_state(self) -> int:
+        """The earliest step after which the state can be rebuilt.
+
+        Raises:
+            UnknownStep: there is none.
+        """
+        keyframes = tuple(self._keyframes)
+        if not keyframes:
+            raise UnknownStep("the history can rebuild no state yet: it holds no keyframe")
+        return keyframes[0].step
+
     def state_at(self, step: int) -> State:
         """The state after step `step`, made anew; 0 is before the first.
 
@@ -94,6 +108,11 @@ class History:
         self._nbytes_since = sum(r.nbytes for r in self._records if r.step > since)
         self.nbytes = sum(r.nbytes for r in self._records) + sum(k.nbytes for k in self._keyframes)
         return tuple(dropped)
+
+    def export(self, path: str | Path) -> Path:
+        """Write the records as a timeline that ui.perfetto.dev and chrome://tracing open; returns
+        where it is."""
+        return to_perfetto(self, path)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -91,7 +91,7 @@ class Preemption(NamedTuple):
     in_favour_of: str
     mode: str
     """`recompute` or `swap`; `error` when a failed step was taken back; `rewind` when the engine
-    went back to the step before."""
+    went back to the step before; `fork` when there was no room in the fork that begins here."""
     num_lost_tokens: int
     """Tokens whose keys and values must be computed again: 0 with swap."""
     num_blocks: int

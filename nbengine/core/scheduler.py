@@ -23,7 +23,7 @@ from operator import attrgetter
 from typing import Any
 
 from nbengine.core import beam
-from nbengine.core.block_pool import BlockPool, Refused
+from nbengine.core.block_pool import BlockPool, HostPool, Refused
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.policies import Policy, make_policy
 from nbengine.core.prefix_cache import MissCause, PrefixLookup
@@ -117,7 +117,7 @@ class Scheduler:
         self.policy = make_policy(policy)
         self.clock = clock
         self.pool = BlockPool(config.num_blocks, config.block_size)
-        self.host_pool = BlockPool(config.num_host_blocks, config.block_size)
+        self.host_pool = HostPool(config.num_host_blocks, config.block_size)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.live: dict[str, LiveRequest] = {}
@@ -274,7 +274,7 @@ class Scheduler:
             Exception: whatever a user's policy raises; nothing has changed then.
         """
         unfinished = [seq for seq in state.sequences.values() if not seq.is_finished]
-        orders = _orders(self.policy, unfinished)
+        orders = orders_of(self.policy, unfinished)
         for seq in (*self.running, *self.waiting):
             self._release_blocks(seq)
         self._journal = StepJournal()
@@ -290,6 +290,22 @@ class Scheduler:
         self.running, self.waiting = [], list(orders)
         self.num_seats_taken = 0
         self.step_count = state.step
+
+    def restore(self, state: State, preempted: Iterable[Preemption] = ()) -> None:
+        """Stand exactly where another scheduler, with as many blocks and this policy, stood at
+        `state`, which this one, that has done nothing yet, takes over: device and host memory hold
+        what they held then. The next record tells of `preempted`."""
+        assert not self.live and not self.step_count
+        self.pool.restore(state.ref_counts, state.free, state.cached, state.contents)
+        self.running, self.waiting, self.live = state.running, state.waiting, state.live
+        host_counts = [0] * self.config.num_host_blocks
+        for block in (block for seq in self.waiting for block in seq.host_blocks):
+            host_counts[block] = 1
+        free = [block for block, count in enumerate(host_counts) if not count]
+        self.host_pool.restore(host_counts, reversed(free), (), {})
+        self.num_seats_taken = sum(1 + seq.pending_forks for seq in self.running)
+        self.step_count = state.step
+        self._journal.preempted += preempted
 
     # ------------------------------------------------------------------ a step
 
@@ -773,7 +789,7 @@ class Scheduler:
 
     def _rank_all(self, policy: Policy) -> None:
         """Order both queues by `policy`; if it raises, or its ranks do not compare, not at all."""
-        orders = _orders(policy, (*self.running, *self.waiting))
+        orders = orders_of(policy, (*self.running, *self.waiting))
         changed = {seq.seq_id: o[0] for seq, o in orders.items() if o != seq.order}
         self._journal.ranked |= changed
         for seq, order in orders.items():
@@ -808,7 +824,9 @@ class Scheduler:
         seq.host_blocks = []
 
 
-def _orders(policy: Policy, sequences: Iterable[Sequence]) -> dict[Sequence, tuple[Any, int, int]]:
+def orders_of(
+    policy: Policy, sequences: Iterable[Sequence]
+) -> dict[Sequence, tuple[Any, int, int]]:
     """Each one's place in every queue, in that order; together, because they must all compare."""
     orders = {seq: (policy.rank(seq), seq.request.arrival, seq.index) for seq in sequences}
     return {seq: orders[seq] for seq in sorted(orders, key=orders.__getitem__)}

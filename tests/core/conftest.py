@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from nbengine.core.history import History
 from nbengine.core.plan import StepOutput, StepPlan
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import LiveRequest, Request, Sequence
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.core.scheduler import Scheduler, SchedulerConfig
+from nbengine.core.state import Keyframe
 
 
 def next_token(seq: Sequence, index: int) -> int:
@@ -93,3 +95,22 @@ class Bench:
 @pytest.fixture
 def bench() -> Callable[..., Bench]:
     return Bench
+
+
+class RecordedBench(Bench):
+    """With a history, as an engine has one."""
+
+    def __init__(self, policy: Any = "fcfs", **config: Any) -> None:
+        super().__init__(policy, **config)
+        self.history = History()
+        self.history.keep(Keyframe(self.scheduler))
+
+    def step(self) -> StepRecord:
+        record = super().step()
+        self.history.append(record)
+        return record
+
+
+@pytest.fixture
+def recorded() -> Callable[..., RecordedBench]:
+    return RecordedBench
