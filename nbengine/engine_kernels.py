@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    import torch
+
     from nbengine.engine import Engine
     from nbengine.kernels.implementation import Implementable, Implementation
-    from nbengine.kernels.table import Implementations, Kernels, Swapped
+    from nbengine.kernels.op import Arguments, Case
+    from nbengine.kernels.table import Candidate, Implementations, Kernels, Swapped
+    from nbengine.kernels.verification import Verified
+
+T = TypeVar("T")
 
 
 class EngineKernels:
@@ -22,6 +29,11 @@ class EngineKernels:
         """`cuda` or `emulated`."""
         return self._table.backend
 
+    @property
+    def device(self) -> torch.device:
+        """Where they run."""
+        return self._table.device
+
     def swap(self, op: str, what: Implementable) -> Swapped:
         """Put another implementation of an op in its place, after it was compared with the
         reference: on the op's grid, while the engine goes on, and on tensors of the running
@@ -34,25 +46,51 @@ class EngineKernels:
             Mismatch: it is wrong, with the first wrong element; what ran the op still does.
             CompileError: it does not compile; the same.
         """
+        candidate = self.candidate(op, what)
+        return self.put(candidate, self.verify(candidate))
+
+    def candidate(self, op: str, what: Implementable) -> Candidate:
+        """The first part of a swap: `what` as it is now. It changes nothing."""
+        return self._table.candidate(op, what)
+
+    def verify(self, candidate: Candidate, cases: Iterable[Case] | None = None) -> Verified:
+        """The second: on the op's grid (or on these cases), then on live tensors. Raises as `swap`
+        does."""
         from nbengine.kernels.verification import verify_implementation, verify_live
 
-        table, engine = self._table, self._engine
-        candidate = table.candidate(op, what)
-        on_grid = verify_implementation(candidate.checked, table.device)
-        verified = engine._call(
-            lambda: verify_live(candidate.checked, engine._live_calls(op), on_grid)
+        op = candidate.checked.op.name
+        on_grid = verify_implementation(candidate.checked, self.device, cases)
+        return self.between_steps(
+            lambda: verify_live(candidate.checked, self._engine._live_calls(op)[op], on_grid)
         )
-        # A command of its own: one that verifies can't be taken back by who interrupts the wait.
-        return engine._call(lambda: table.put(candidate, verified))
+
+    def put(self, candidate: Candidate, verified: Verified) -> Swapped:
+        """The last: in the op's place. A command of its own, because one that verifies can't be
+        taken back by who interrupts the wait."""
+        return self.between_steps(lambda: self._table.put(candidate, verified))
 
     def restore(self, op: str) -> Implementation:
         """Put the op's own implementation back."""
-        return self._engine._call(lambda: self._table.restore(op))
+        return self.between_steps(lambda: self._table.restore(op))
 
     @property
     def implementations(self) -> Implementations:
         """What runs each op now."""
         return self._table.implementations
+
+    def implementation(self, op: str) -> Implementation:
+        """What runs this op now."""
+        return self._table.implementation(op)
+
+    def live_calls(self, *ops: str) -> dict[str, list[Arguments]]:
+        """Arguments of calls of each op at the engine's current batch: those of a step that computes
+        the running requests' last tokens again, or one token where none runs. Two of each at most,
+        as copies; none of an op that such a step does not call."""
+        return self.between_steps(lambda: self._engine._live_calls(*ops))
+
+    def between_steps(self, command: Callable[[], T]) -> T:
+        """Run `command` on the engine's thread while no step is computed, and return its result."""
+        return self._engine._call(command)
 
     def __repr__(self) -> str:
         return repr(self._table.implementations)

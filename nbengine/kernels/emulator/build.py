@@ -93,7 +93,7 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
     """The library of one kernel. Raises `CompileError`, `NoCompiler` and `ToolchainMissing`."""
     names = {path: f"header{i}.cuh" for i, (path, _) in enumerate(source.headers)}
     text, headers = source.spelled(names.__getitem__)
-    text = f"{_at_first_line(source.name)}{text}\n"
+    text = f"{_at_first_line(source.compiled_name)}{text}\n"
     entry = _at_first_line(_ENTRY_NAME) + _ENTRY.replace("KERNEL", expression)
     flags = (*_COMMON, *(_CHECKED if checks else _FAST), *_own_flags())
     key = _key(text, entry, *map(str, headers), *headers.values(), str(source.folder), *flags)
@@ -119,13 +119,13 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
                 _run(*_COMMON, "-c", str(storage), "-o", objects[-1])
             _run(*objects, str(runtime()), *wrapped, *_LINKED, "-o", str(target))
         except _Refused as refused:
-            log = str(refused)
+            log = source.with_own_name(str(refused))
             if _ENTRY_NAME in log:  # what is wrong without the entry is told alone
                 unit.write_text(text)
                 try:
                     _run(*compile, "-fsyntax-only")
                 except _Refused as alone:
-                    log = str(alone)
+                    log = source.with_own_name(str(alone))
             title = f"{source.name}: {expression} does not compile for the emulator"
             said = parse_gcc(log) or _assembled(log) or _undefined(log, source)
             remarks = _located(said, source, expression)
