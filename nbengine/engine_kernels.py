@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbengine.engine import Engine
+    from nbengine.kernel_survey import RooflinePlot, Survey
     from nbengine.kernels.implementation import Implementable, Implementation
     from nbengine.kernels.op import Arguments, Case
     from nbengine.kernels.table import Candidate, Implementations, Kernels, Swapped
@@ -87,6 +88,20 @@ class EngineKernels:
         the running requests' last tokens again, or one token where none runs. Two of each at most,
         as copies; none of an op that such a step does not call."""
         return self.between_steps(lambda: self._engine._live_calls(*ops))
+
+    def survey(self, gpu: str | None = None) -> Survey:
+        """What each op costs at the engine's batch: bytes, operations, and on a GPU its time and
+        which fraction of the roofline it reaches (that takes some seconds). Elsewhere against the
+        published figures of `gpu` ("H100", "A100", "L4", ...)."""
+        from nbengine.kernel_survey import survey
+
+        return survey(self, gpu)
+
+    def roofline(self, gpu: str | None = None) -> RooflinePlot:
+        """The same, drawn: each op under the roofs of memory and of matrix products."""
+        from nbengine.kernel_survey import RooflinePlot
+
+        return RooflinePlot(self.survey(gpu))
 
     def between_steps(self, command: Callable[[], T]) -> T:
         """Run `command` on the engine's thread while no step is computed, and return its result."""

@@ -15,12 +15,14 @@ from IPython.core.magic_arguments import argument
 
 from nbengine.jupyter.magic import EngineMagics, magic, quotable
 from nbengine.jupyter.source_view import SourceView
+from nbengine.kernel_survey import RooflinePlot, Survey, survey
 from nbengine.kernel_trial import Trial, compiled_now, source_now, try_kernel
 from nbengine.kernels.cell import cell_source
 from nbengine.kernels.contract import Contract, contract
 from nbengine.kernels.implementation import op_named, short_name
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.report import LIMITS
+from nbengine.kernels.roofline import PUBLISHED
 from nbengine.kernels.table import Implementations
 
 _OP = argument("op", help="which; %%nb_kernels lists them")
@@ -38,7 +40,7 @@ _ARCH = argument(
 class KernelMagics(EngineMagics):
     """Kernels: tried, looked at, swapped."""
 
-    option_values: ClassVar = {"--arch": tuple(LIMITS)}
+    option_values: ClassVar = {"--arch": tuple(LIMITS), "--gpu": tuple(PUBLISHED)}
 
     @magic(
         line_cell_magic,
@@ -89,6 +91,20 @@ class KernelMagics(EngineMagics):
         typed = self.shell.history_manager.input_hist_raw[-1]
         before, found, _ = typed.rpartition(body.rstrip("\n"))
         return before.count("\n") + 1 if found and "%%nb_kernel" in before else 2
+
+    @magic(
+        line_magic,
+        argument("--roofline", action="store_true", help="draw them under the roofs of the device"),
+        argument(
+            "--gpu", type=quotable, help="without a GPU: whose published figures (default: H100)"
+        ),
+    )
+    def nb_kernels(self, args: argparse.Namespace, _: str | None) -> Survey | RooflinePlot:
+        """The ops, what runs each now, and what it costs at the engine's batch: bytes and operations,
+        and on a GPU its time and the fraction of the roofline that it reaches."""
+        engine = self._open_engine
+        found = survey(None if engine is None else engine.kernels, args.gpu)
+        return RooflinePlot(found) if args.roofline else found
 
     @magic(line_magic, _OP)
     def nb_source(self, args: argparse.Namespace, _: str | None) -> SourceView:

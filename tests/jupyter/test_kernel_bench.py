@@ -12,7 +12,7 @@ from nbengine.kernels.ops import OPS
 from nbengine.kernels.source import CUDA_ROOT
 from tests.jupyter.conftest import Notebook
 
-MAGICS = ["nb_kernel", "nb_source", "nb_ptx", "nb_sass", "nb_restore"]
+MAGICS = ["nb_kernel", "nb_kernels", "nb_source", "nb_ptx", "nb_sass", "nb_restore"]
 RMS_NORM = (CUDA_ROOT / "rms_norm.cu").read_text()
 
 
@@ -119,3 +119,10 @@ def test_a_users_mistake_is_one_message(notebook: Notebook, source: str, said: s
     assert said in printed
     assert "Traceback" not in printed
     assert not notebook.result.success
+
+
+def test_without_an_engine_the_ops_are_listed_all_the_same(notebook: Notebook) -> None:
+    found = notebook.value("%nb_kernels")
+    assert [row.name for row in found.rows] == list(OPS)
+    assert "no engine is loaded" in str(found)
+    assert notebook.complete("%nb_kernels --gpu H") == ["H200", "H100"]
