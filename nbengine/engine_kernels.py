@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nbengine.kernels.op import Arguments, Case
     from nbengine.kernels.table import Candidate, Implementations, Kernels, Swapped
     from nbengine.kernels.verification import Verified
+    from nbengine.kernels.watch import KernelTrace
 
 T = TypeVar("T")
 
@@ -102,6 +103,44 @@ class EngineKernels:
         from nbengine.kernel_survey import RooflinePlot
 
         return RooflinePlot(self.survey(gpu))
+
+    def watch(self, op: str, *, of: tuple[int, int, int] = (0, 0, 0)) -> KernelTrace:
+        """What each thread of one CUDA block does in a call at the engine's batch, emulated: see
+        `lab.watch`. KV blocks have the engine's own numbers.
+
+        Args:
+            of: the block's index in the grid.
+
+        Raises:
+            InvalidField: the engine's batch does not call the op, no CUDA C runs it, there is no such
+                block, or it does too much to be looked at.
+        """
+        from nbengine.errors import InvalidField
+        from nbengine.kernels.watch import watch
+
+        runs = self.implementation(op)
+        if runs.source is None:
+            raise InvalidField("op", op, f"{runs} runs it, which has no CUDA C to watch")
+        calls, tables = self.between_steps(
+            lambda: (self._engine._live_calls(op)[op], self._tables())
+        )
+        if not calls:
+            raise InvalidField("op", op, "a step of the engine's batch does not call it")
+        # Of a live call the KV blocks are kept that it uses, in the order of their numbers.
+        used = sorted({block for table in tables for block in table})
+        cache = calls[-1].get("k_cache")
+        names = used if cache is not None and len(cache) == len(used) else None
+        call = f"the engine's batch of {len(tables)}" if tables else "the engine's batch"
+        return watch(op, runs.source, arguments=calls[-1], call=call, of=of, block_names=names)
+
+    def _tables(self) -> list[list[int]]:
+        """The KV blocks that hold computed tokens, of each running sequence."""
+        scheduler, size = self._engine.scheduler, self._engine.config.block_size
+        return [
+            seq.block_table[: -(-seq.num_computed_tokens // size)]
+            for seq in scheduler.running
+            if seq.num_computed_tokens
+        ]
 
     def between_steps(self, command: Callable[[], T]) -> T:
         """Run `command` on the engine's thread while no step is computed, and return its result."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from IPython.core.magic import line_cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument
 
+from nbengine.jupyter.kernel_view import KernelView
 from nbengine.jupyter.magic import EngineMagics, magic, quotable
 from nbengine.jupyter.source_view import SourceView
 from nbengine.kernel_survey import RooflinePlot, Survey, survey
@@ -24,6 +25,7 @@ from nbengine.kernels.ops import OPS
 from nbengine.kernels.report import LIMITS
 from nbengine.kernels.roofline import PUBLISHED
 from nbengine.kernels.table import Implementations
+from nbengine.kernels.watch import watch
 
 _OP = argument("op", help="which; %%nb_kernels lists them")
 _CASE = argument(
@@ -34,6 +36,15 @@ _ARCH = argument(
     metavar="SM",
     help="compile for this architecture (sm_80); default: this GPU's, or sm_90",
 )
+
+
+def _three(text: str) -> tuple[int, int, int]:
+    """`2` or `2,0,0`."""
+    try:
+        x, y, z = (*map(int, text.split(",")), 0, 0)[:3]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no index such as 2 or 2,0,0") from error
+    return x, y, z
 
 
 @magics_class
@@ -136,6 +147,24 @@ class KernelMagics(EngineMagics):
         for op in swapped if args.op is None else [args.op]:
             kernels.restore(op)
         return kernels.implementations
+
+    @magic(
+        line_magic,
+        _OP,
+        _CASE,
+        argument("--live", action="store_true", help="a call at the engine's batch, and no case"),
+        argument("--block", type=_three, default=(0, 0, 0), metavar="X,Y,Z", help="of the grid"),
+        argument("--phase", type=int, metavar="N", help="begin with this one (from 1 on)"),
+    )
+    def nb_watch(self, args: argparse.Namespace, _: str | None) -> KernelView:
+        """Watch one CUDA block of an op's kernel, emulated: which thread reads and writes which
+        element of which tensor and KV block, from barrier to barrier."""
+        if args.live:
+            trace = self._engine.kernels.watch(args.op, of=args.block)
+        else:
+            source = source_now(args.op, self._open_engine)
+            trace = watch(args.op, source, args.case, of=args.block)
+        return KernelView(trace, None if args.phase is None else args.phase - 1)
 
     def _values(self, name: str) -> tuple[str, ...]:
         return () if name == "nb_kernels" else tuple(OPS)

@@ -1,7 +1,7 @@
-"""The dashboard's widget: the traits that a page draws, and the module that draws them.
+"""The widgets: the traits that a page draws, and the modules that draw them.
 
-It holds no logic: `publisher` sets the traits, `dashboard` hears the messages. Importing this
-module needs anywidget.
+They hold no logic: of the dashboard `publisher` sets the traits and `dashboard` hears the messages;
+`kernel_view` makes the kernel view. Importing this module needs anywidget.
 """
 
 from __future__ import annotations
@@ -27,4 +27,19 @@ class DashboardWidget(anywidget.AnyWidget):
     nested lists are walked item by item."""
     tables = traitlets.Bytes(b"").tag(sync=True)
     cached = traitlets.Bytes(b"").tag(sync=True)
+    palette = traitlets.List(traitlets.Unicode(), list(PALETTE)).tag(sync=True)
+
+
+class KernelViewWidget(anywidget.AnyWidget):
+    """See `watch.KernelTrace` for what the traits hold."""
+
+    _esm = (_HERE / "kernel_view.js").read_text("utf-8")
+    _css = (_HERE / "kernel_view.css").read_text("utf-8")
+
+    facts = traitlets.Unicode("").tag(sync=True)
+    """`KernelTrace.facts()`."""
+    accesses = traitlets.Bytes(b"").tag(sync=True)
+    """`KernelTrace.packed()`."""
+    phase = traitlets.Int(0).tag(sync=True)
+    """The one that is shown, from 0 on; the page sets it too."""
     palette = traitlets.List(traitlets.Unicode(), list(PALETTE)).tag(sync=True)

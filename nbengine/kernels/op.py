@@ -78,6 +78,9 @@ class Op:
     """The arguments that a call may leave with any contents."""
     bench_cases: Callable[[], Iterable[Case]] = tuple
     """Shapes of a model of 7 billion parameters, for `bench`: too large to be emulated."""
+    watch_case: Callable[[], Case] | None = None
+    """A small call in which a reader can follow single threads, for `watch`; default: the first of
+    the grid."""
     compact: Callable[[Arguments], Arguments] | None = None
     """The same call with nothing that is too large to copy: of a KV cache, for example, the blocks
     that the call uses, and a block table that names them. For `Kernels.record`."""

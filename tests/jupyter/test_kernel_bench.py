@@ -12,7 +12,7 @@ from nbengine.kernels.ops import OPS
 from nbengine.kernels.source import CUDA_ROOT
 from tests.jupyter.conftest import Notebook
 
-MAGICS = ["nb_kernel", "nb_kernels", "nb_source", "nb_ptx", "nb_sass", "nb_restore"]
+MAGICS = ["nb_kernel", "nb_kernels", "nb_source", "nb_ptx", "nb_sass", "nb_restore", "nb_watch"]
 RMS_NORM = (CUDA_ROOT / "rms_norm.cu").read_text()
 
 

@@ -120,6 +120,19 @@ class EmulatedKernel(Kernel):
         )
         return list(self._events(recorded, tuple(arguments)))
 
+    def shared_variables(self, shared_bytes: int = 0) -> list[tuple[str, int, int]]:
+        """Name, bytes, and bytes of an element (1 where that is not known) of each variable in shared
+        memory, in a launch with so much of it. Of a kernel made with checks or counters."""
+        return [
+            (
+                variable.name,
+                shared_bytes if variable.is_dynamic else variable.num_bytes,
+                _element_size(self._source, variable.name) or 1,
+            )
+            for variable in self._library.variables
+            if not variable.is_guard
+        ]
+
     def _launch_with(
         self,
         listeners: int,
