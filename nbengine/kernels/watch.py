@@ -5,9 +5,8 @@ and immutable. Elements of the KV cache are named by block, head, slot and dimen
 sequence whose block table leads to them: PagedAttention can be watched. `jupyter.kernel_view` draws
 it; `str()` is a summary.
 
-Between two barriers the threads have no order; the emulator's is one of many. An access is what the
-C++ compiler made of the source with little optimisation, so a load of 16 bytes may be four of 4,
-which are put together again where they follow one another.
+Between two barriers the threads have no order; the emulator's is one of many. Accesses of a thread
+that follow one another, at one line, are put together.
 """
 
 from __future__ import annotations
@@ -403,7 +402,7 @@ class _WatchedProgram(EmulatedProgram):
     """Its kernels keep what the block `of` does, of each launch."""
 
     def __init__(self, source: Source, of: Three) -> None:
-        super().__init__(source, checks=True)
+        super().__init__(source, checks=True, counters=True)  # for whole accesses
         self.of = of
         self.launches: list[_Launched] = []
 
@@ -413,7 +412,7 @@ class _WatchedProgram(EmulatedProgram):
 
 class _WatchedKernel(EmulatedKernel):
     def __init__(self, program: _WatchedProgram, expression: str) -> None:
-        super().__init__(program.source, expression, checks=True)
+        super().__init__(program.source, expression, checks=True, counters=True)
         self._program = program
 
     def launch(

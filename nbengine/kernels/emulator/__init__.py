@@ -85,7 +85,9 @@ class EmulatedKernel(Kernel):
         self.counters: Counters | None = None
         self._source = source
         self._listeners = _CHECKS * checks | _COUNTERS * counters
-        self._library = build.compile_kernel(source, expression, bool(self._listeners))
+        self._library = build.compile_kernel(
+            source, expression, bool(self._listeners), whole_accesses=counters
+        )
         self.max_threads = launch_bound(source, expression) or MAX_THREADS
         self.max_shared_bytes = MAX_SHARED_BYTES - self._library.static_bytes
         self._places = Places(self._library.path, source)
