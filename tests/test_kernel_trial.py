@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbengine import Engine, SamplingParams
-from nbengine.errors import InvalidField
+from nbengine import Engine, SamplingParams, kernel_trial
+from nbengine.errors import InvalidField, NotEnoughMemory
 from nbengine.kernel_trial import compiled_now, counters, source_now, try_kernel
 from nbengine.kernels import CompileError, Source, compiler
 from nbengine.kernels.cell import cell_source
 from nbengine.kernels.emulator import EmulationError
-from nbengine.kernels.lab import Mismatch
+from nbengine.kernels.implementation import Implementation, implement
+from nbengine.kernels.lab import Measurement, Mismatch
+from nbengine.kernels.op import Case, Cost
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.planned import planned
+from nbengine.kernels.roofline import Roofline
 from nbengine.kernels.source import CUDA_ROOT
+from nbengine.kernels.timing import Timing
 from tests.gpu import needs_gpu
 from tests.tiny_models import save_reference
 
@@ -42,6 +46,16 @@ def test_a_cell_is_kept_as_a_file_whose_lines_are_the_cells() -> None:
     assert source.path.name == source.name
     assert cell_source("rms_norm", "int a;\nint b;\n", first_line=4).path == source.path
     assert cell_source("rms_norm", "int a;\nint c;\n", first_line=4).path != source.path
+
+
+def test_a_cell_without_a_place_for_its_file_is_tried_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("nbengine.kernels.cell.cell_folder", lambda: tmp_path / "file")
+    source = cell_source("rms_norm", RMS_NORM)
+    assert source.path is None
+    assert try_kernel("rms_norm", source, case="float32-1x64").verified.errors
 
 
 def test_the_code_leads_debuggers_to_the_file_and_messages_call_it_by_its_name() -> None:
@@ -229,6 +243,47 @@ def test_what_is_no_cuda_c_has_no_source(engine: Engine) -> None:
     engine.kernels.swap("rms_norm", "reference")
     with pytest.raises(InvalidField, match="has no CUDA C"):
         source_now("rms_norm", engine)
+
+
+def test_a_shape_that_does_not_fit_the_memory_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine holds most of a GPU's memory."""
+    timing = Timing(2e-6, 2e-6, 2e-6, 11)
+
+    def measured(
+        new: Implementation, current: Implementation, case: Case, *_: object
+    ) -> Measurement:
+        if case.name == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Measurement(case.name, Cost(10**6, 0), 1e-6, "memory", 2, timing, timing)
+
+    roofs = Roofline("a device", "1", 1e12, 1e12, 1e14, "a reader")
+    monkeypatch.setattr(kernel_trial, "measure", measured)
+    monkeypatch.setattr(kernel_trial, "roofline", lambda device: roofs)
+    monkeypatch.setattr(kernel_trial, "collect", lambda: None)
+    own = implement(OPS["rms_norm"], None, torch.device("cpu"))
+    cases = [Case("the engine's batch", dict), Case("large", dict)]
+    notes: list[str] = []
+    benched = kernel_trial._benched(own, own, cases, torch.device("cpu"), notes)
+    assert benched is not None
+    assert [(row.case, row.of_roofline, row.speedup) for row in benched.rows] == [
+        ("the engine's batch", 0.5, 1.0)
+    ]
+    assert notes == ["large was not timed: it does not fit the memory that is free"]
+
+
+def test_without_a_roofline_nothing_is_timed_and_a_note_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(device: torch.device) -> Roofline:
+        raise NotEnoughMemory("a device has 100 MiB free")
+
+    monkeypatch.setattr(kernel_trial, "roofline", full)
+    own = implement(OPS["rms_norm"], None, torch.device("cpu"))
+    notes: list[str] = []
+    assert kernel_trial._benched(own, own, [], torch.device("cpu"), notes) is None
+    assert "100 MiB free" in notes[0]
 
 
 @needs_gpu

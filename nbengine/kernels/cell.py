@@ -8,6 +8,7 @@ nothing anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -20,10 +21,10 @@ KEPT_BYTES = 16 * 2**20
 
 def cell_source(op: str, text: str, first_line: int = 2, folder: Path | None = None) -> Source:
     """`text` as a source whose first line has the number `first_line`: line 1 of a cell is its
-    magic. `folder` is where its own `#include "..."` are looked for (the notebook's).
+    magic. `folder` is where its own `#include "..."` are looked for (the notebook's). Where the user's
+    cache directory can't be written to there is no file.
 
     Raises:
-        OSError: the user's cache directory can't be written to.
         CompileError: there is a null character in it.
     """
     title = f"// %%nb_kernel {op}\n" if first_line > 1 else ""
@@ -33,10 +34,11 @@ def cell_source(op: str, text: str, first_line: int = 2, folder: Path | None = N
     if path.exists():
         mark_used(path)
     else:
-        with made_whole(path) as written:
-            written.write_text(whole)
-        drop_oldest(path.parent, "*.cu", KEPT_BYTES)
-    return Source(whole, name, folder, path)
+        with contextlib.suppress(OSError):
+            with made_whole(path) as written:
+                written.write_text(whole)
+            drop_oldest(path.parent, "*.cu", KEPT_BYTES)
+    return Source(whole, name, folder, path if path.exists() else None)
 
 
 def cell_folder() -> Path:
