@@ -15,7 +15,7 @@ from nbengine.kernels.op import Arguments, Case, Cost, Op, Tolerance
 from nbengine.kernels.program import Program
 from nbengine.kernels.watch import Access, KernelTrace, watch
 
-# Four threads, two a sequence: each reads one float4 of a key in the slot that its sequence's table
+# Four threads, two a sequence: each reads four values of a key in the slot that its sequence's table
 # leads to, and after a barrier writes the sum of its neighbour's.
 SOURCE = """\
 __global__ void peek(float* out, const float* k_cache, const long long* block_tables, int wide) {
@@ -23,12 +23,13 @@ __global__ void peek(float* out, const float* k_cache, const long long* block_ta
   const int sequence = threadIdx.x / 2, part = threadIdx.x % 2;
   const long long block = block_tables[sequence * wide + blockIdx.x];
   const float* key = k_cache + (block * 2 + 1) * 8 + part * 4;
-  sums[threadIdx.x] = key[0] + key[1] + key[2] + key[3];
+  const float most = key[0] + key[1] + key[2];
+  sums[threadIdx.x] = most + key[3];
   __syncthreads();
   out[blockIdx.x * 4 + threadIdx.x] = sums[threadIdx.x ^ 1];
 }
 """
-LOAD, BARRIER, STORE = 6, 7, 8
+LOAD, LAST, BARRIER, STORE = 6, 7, 8, 9
 
 
 def launch(program: Program, *, out, k_cache, block_tables, seq_lens) -> None:  # type: ignore[no-untyped-def]
@@ -74,11 +75,12 @@ def test_phases_end_at_barriers_and_hold_each_threads_accesses_in_order() -> Non
     assert [phase.barrier_line for phase in trace.phases] == [BARRIER, None]
     first, second = (phase.accesses for phase in trace.phases)
     # Thread 3: the second sequence's block is 2; its slot 1 begins at element (2 * 2 + 1) * 8 = 40,
-    # and the second half of the key at 44. Four loads of one float are one access of four.
+    # and the second half of the key at 44. The loads of one line are one access.
     assert [access for access in first if access.thread == 3] == [
         Access(3, table, 2, 1, "read", 4),
-        Access(3, key, 44, 4, "read", LOAD),
-        Access(3, sums, 3, 1, "write", LOAD),
+        Access(3, key, 44, 3, "read", LOAD),
+        Access(3, key, 47, 1, "read", LAST),
+        Access(3, sums, 3, 1, "write", LAST),
     ]
     assert [access for access in second if access.thread == 3] == [
         Access(3, sums, 2, 1, "read", STORE),
@@ -104,7 +106,7 @@ def test_an_element_of_the_cache_is_named_by_block_head_slot_and_dim() -> None:
     assert place.sequences == ((1, 1),), "block 2 is the first of sequence 1"
     access = next(a for a in trace.phases[0].accesses if (a.thread, a.tensor) == (3, key))
     assert trace.where(access) == (
-        "k_cache: block 2, head 0, slot 1 (token 1 of sequence 1), dim 4..7"
+        "k_cache: block 2, head 0, slot 1 (token 1 of sequence 1), dim 4..6"
     )
     store = trace.phases[1].accesses[-1]
     assert trace.where(store) == f"out[{store.thread}]"
@@ -127,9 +129,9 @@ def test_an_engines_names_of_its_blocks_are_shown_in_place_of_the_numbers_here()
 def test_the_summary_counts_elements_once_and_names_the_lines() -> None:
     rows = [line.split() for line in watched().summary(0).splitlines()[2:]]
     # Two sequences read 8 elements each of one slot, in blocks 3 and 2.
-    assert ["k_cache", "16", "0", "4", "0", "6", "2,", "3"] in rows
+    assert ["k_cache", "16", "0", "4", "0", "6,", "7", "2,", "3"] in rows
     assert ["block_tables", "2", "0", "4", "0", "4"] in rows
-    assert ["sums", "0", "4", "4", "0", "6"] in rows
+    assert ["sums", "0", "4", "4", "0", "7"] in rows
 
 
 def test_a_page_gets_six_numbers_an_access_and_where_each_phase_ends() -> None:
