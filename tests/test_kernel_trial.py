@@ -13,7 +13,7 @@ from nbengine.errors import InvalidField, NotEnoughMemory
 from nbengine.kernel_trial import compiled_now, counters, source_now, try_kernel
 from nbengine.kernels import CompileError, Source, compiler
 from nbengine.kernels.cell import cell_source
-from nbengine.kernels.emulator import EmulationError
+from nbengine.kernels.emulator import EmulatedProgram, EmulationError
 from nbengine.kernels.implementation import Implementation, implement
 from nbengine.kernels.lab import Measurement, Mismatch
 from nbengine.kernels.op import Case, Cost
@@ -80,6 +80,19 @@ def test_the_emulator_too_speaks_of_the_cells_lines() -> None:
     with pytest.raises(EmulationError, match="out of bounds") as raised:
         try_kernel("rms_norm", wild, case="float32-1x64", emulate=True)
     assert (raised.value.file, raised.value.line) == (wild.name, line)
+    assert str(wild.path) not in str(raised.value)
+
+
+def test_what_is_emulated_leads_gdb_to_the_file_and_its_compiler_speaks_of_its_name() -> None:
+    shape = (torch.float32, 64, 16, 8, False)
+    source = cell_source("rms_norm", RMS_NORM)
+    kernel = EmulatedProgram(source, checks=True).kernel("rms_norm", *shape)
+    assert str(source.path).encode() in kernel._library.path.read_bytes()
+    broken = cell_source("rms_norm", RMS_NORM.replace("rsqrtf", "rsqrtg"))
+    with pytest.raises(CompileError) as raised:
+        EmulatedProgram(broken, checks=True).kernel("rms_norm", *shape)
+    assert raised.value.diagnostics[0].file == broken.name
+    assert str(broken.path) not in str(raised.value)
 
 
 # ---------------------------------------------------------------------- without an engine
