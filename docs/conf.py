@@ -98,13 +98,14 @@ def settings() -> Iterator[tuple[str, ...]]:
 
 def magics() -> Iterator[tuple[str, ...]]:
     from nbengine.jupyter.extension import NbengineMagics
+    from nbengine.jupyter.kernel_bench import KernelMagics
 
-    kinds = NbengineMagics.magics
-    for name, method in vars(NbengineMagics).items():
-        if name in kinds["line"]:
-            called = f"`%{name}`" + (f", `%%{name}`" if name in kinds["cell"] else "")
-            # The docstring begins with the parser's usage, set off by an empty line.
-            yield called, first_paragraph(inspect.getdoc(method.__wrapped__) or "")
+    for group in (NbengineMagics, KernelMagics):
+        for name, method in vars(group).items():
+            if name in group.magics["line"]:
+                called = f"`%{name}`" + (f", `%%{name}`" if name in group.magics["cell"] else "")
+                # The docstring begins with the parser's usage, set off by an empty line.
+                yield called, first_paragraph(inspect.getdoc(method.__wrapped__) or "")
 
 
 def error_classes() -> Iterator[tuple[str, ...]]:

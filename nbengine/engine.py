@@ -799,9 +799,9 @@ class Engine:
             )
         return EngineKernels(self, table)
 
-    def _live_calls(self, op: str) -> list[Arguments]:
+    def _live_calls(self, *ops: str) -> dict[str, list[Arguments]]:
         assert self._runner is not None
-        return self._runner.live_calls(op, self.scheduler.running)
+        return self._runner.live_calls(ops, self.scheduler.running)
 
     def _text_of(self, seq: Sequence) -> str:
         return self._states[seq.request.request_id].text_of(seq)

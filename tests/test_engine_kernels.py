@@ -240,7 +240,7 @@ class TestSwap:
             if arguments[output].shape == live:
                 arguments[output].flatten(1)[1, 3] += 1
 
-        live = engine._call(lambda: engine._live_calls(op))[0][output].shape
+        live = engine._call(lambda: engine._live_calls(op))[op][0][output].shape
         with pytest.raises(Mismatch, match=rf"{output}\[1, .*the reference says"):
             engine.kernels.swap(op, wrong)
         assert engine.kernels.implementations[list(OPS).index(op)].is_own

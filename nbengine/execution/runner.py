@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import gc
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,15 +174,27 @@ class ModelRunner:
             )
         return Prepared(plan, batch, wanted, is_graph=padded_to is not None)
 
-    def live_calls(self, op: str, sequences: Iterable[Sequence]) -> list[Arguments]:
-        """Arguments of calls of an op on what the engine holds now: the last computed token of each
-        sequence (the last 64 of some, for prefill attention) is computed again over its own KV
-        blocks; where nothing runs, one token in the first block. The cache is left as it was. Empty
-        where such a step does not call the op."""
+    def live_calls(
+        self, ops: Iterable[str], sequences: Collection[Sequence]
+    ) -> dict[str, list[Arguments]]:
+        """Arguments of calls of each op on what the engine holds now, two of each at most: the last
+        computed token of each sequence (the last 64 of some, for prefill attention) is computed
+        again over its own KV blocks; where nothing runs, one token in the first block. The cache is
+        left as it was. Empty where such a step does not call the op."""
+        of_prompts = {"paged_attention_prefill"} & set(ops)
+        of_tokens = set(ops) - of_prompts
+        calls = self._calls_of_a_step(of_tokens, sequences, 1) if of_tokens else {}
+        if of_prompts:
+            calls |= self._calls_of_a_step(of_prompts, itertools.islice(sequences, 4), 64)
+        return calls
+
+    def _calls_of_a_step(
+        self, ops: set[str], sequences: Iterable[Sequence], length: int
+    ) -> dict[str, list[Arguments]]:
+        """`length`: how many tokens of each sequence are computed again."""
         assert self.kernels is not None
-        length, most = (64, 4) if op == "paged_attention_prefill" else (1, None)
         plan = StepPlan()
-        for seq in itertools.islice(sequences, most):
+        for seq in sequences:
             n = min(length, seq.num_computed_tokens)
             if n:
                 again = copy.copy(seq)
@@ -202,7 +214,7 @@ class ModelRunner:
         )
         written = self.kv_cache.slots(batch.slot_mapping)
         kept = self.kv_cache.data[written]
-        recording = self.kernels.record(op, num_calls=2)
+        recordings = {op: self.kernels.record(op, num_calls=2) for op in ops}
         try:
             with torch.inference_mode():
                 hidden = self.decoder.forward(batch, self.kv_cache)
@@ -216,9 +228,10 @@ class ModelRunner:
                     rows = torch.tensor([i for i, _ in sampled], device=logits.device)
                     self.sampler.sample(logits[rows], [row for _, row in sampled])
         finally:
-            recording.stop()
+            for recording in recordings.values():
+                recording.stop()
             self.kv_cache.data[written] = kept
-        return recording.calls
+        return {op: recording.calls for op, recording in recordings.items()}
 
     def probe(self, token_ids: Seq[int], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, hidden states and attention weights of the last of these tokens, computed alone and

@@ -9,16 +9,12 @@ Each is a thin way to say in a cell what one or two lines of Python say: they wo
 from __future__ import annotations
 
 import argparse
-import ast
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from IPython.core.error import TryNext, UsageError
-from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
-from IPython.core.magic_arguments import argument, magic_arguments
-from IPython.utils.process import arg_split
+from IPython.core.error import UsageError
+from IPython.core.magic import line_cell_magic, line_magic, magics_class
+from IPython.core.magic_arguments import argument
 
 from nbengine.config import BLOCK_SIZES, EngineConfig
 from nbengine.core.policies import POLICIES
@@ -26,16 +22,22 @@ from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.core.snapshot import Snapshot
 from nbengine.core.why import Explanation
 from nbengine.engine import Engine
-from nbengine.errors import NbengineError
 from nbengine.jupyter import debugger
 from nbengine.jupyter.block_map import BlockMap
 from nbengine.jupyter.dashboard import Dashboard, close_dashboard_of
+from nbengine.jupyter.kernel_bench import KernelMagics
+from nbengine.jupyter.magic import (
+    DEFAULT_MODEL,
+    EngineMagics,
+    magic,
+    quotable,
+    without_body_as_line,
+)
 from nbengine.jupyter.stream import show_stream
 from nbengine.jupyter.views import Steps
 from nbengine.llm import LLM, chat_prompt
 from nbengine.models.registry import resolve_model
 
-DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MAX_TOKENS = 128
 """More than `SamplingParams`' 16: who asks in a cell wants to read an answer."""
 
@@ -43,28 +45,19 @@ DEFAULT_MAX_TOKENS = 128
 def load_ipython_extension(shell: Any) -> None:
     """Register the magics and what completes them."""
     debugger.install()
-    magics = NbengineMagics(shell)
-    shell.register_magics(magics)
-    for name in magics.magics["line"]:
-        for key in (f"%{name}", f"%%{name}"):
-            shell.set_hook("complete_command", magics.complete, str_key=key)
+    for magics in (NbengineMagics(shell), KernelMagics(shell)):
+        shell.register_magics(magics)
+        for name in magics.magics["line"]:
+            for key in (f"%{name}", f"%%{name}"):
+                shell.set_hook("complete_command", magics.complete, str_key=key)
+    if without_body_as_line not in shell.input_transformers_cleanup:
+        shell.input_transformers_cleanup.append(without_body_as_line)
 
 
 # ---------------------------------------------------------------------- arguments
 
 
-def _text(value: str) -> str:
-    r"""An option's text; in quotes it is read as a Python string, so that "\n" is a new line."""
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        try:
-            return str(ast.literal_eval(value))
-        except (ValueError, SyntaxError) as error:
-            raise argparse.ArgumentTypeError(f"{value} is no Python string") from error
-    return value
-
-
 _PROMPT = argument("prompt", nargs=argparse.REMAINDER, help="the text, to the end of the line")
-_HELP = argument("-h", "--help", action="store_true", help="show this")
 
 _SAMPLING = {
     "n": (int, "output sequences"),
@@ -85,31 +78,33 @@ _SAMPLING = {
 def _sampling_options() -> list[Any]:
     return [
         *(argument(f"--{name}", type=kind, help=text) for name, (kind, text) in _SAMPLING.items()),
-        argument("--stop", type=_text, action="append", help="a text that ends the output"),
+        argument("--stop", type=quotable, action="append", help="a text that ends the output"),
         argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token"),
         argument("--params", metavar="NAME", help="a SamplingParams of the notebook, instead"),
         argument("--priority", type=int, default=0, help="smaller runs sooner (priority policy)"),
-        argument("--request-id", type=_text, help="a name of your own (default req-0, req-1, ...)"),
+        argument(
+            "--request-id", type=quotable, help="a name of your own (default req-0, req-1, ...)"
+        ),
     ]
 
 
 _LOAD = {
-    "tokenizer": (_text, "where the tokenizer is, if not with the model"),
-    "dtype": (_text, "auto, float32, bfloat16 or float16"),
-    "device": (_text, "auto, cpu or cuda"),
-    "quantization": (_text, "int8 or int4"),
-    "load-format": (_text, "auto, safetensors or gguf"),
+    "tokenizer": (quotable, "where the tokenizer is, if not with the model"),
+    "dtype": (quotable, "auto, float32, bfloat16 or float16"),
+    "device": (quotable, "auto, cpu or cuda"),
+    "quantization": (quotable, "int8 or int4"),
+    "load-format": (quotable, "auto, safetensors or gguf"),
     "max-model-len": (int, "most tokens of prompt and output together"),
     "block-size": (int, f"tokens in a KV block: {', '.join(map(str, BLOCK_SIZES))}"),
     "num-gpu-blocks-override": (int, "KV blocks, instead of as many as fit"),
     "gpu-memory-utilization": (float, "part of the memory that the engine may fill"),
     "swap-space": (float, "GiB of host memory for swapped sequences"),
-    "preemption-mode": (_text, "recompute or swap"),
+    "preemption-mode": (quotable, "recompute or swap"),
     "max-num-batched-tokens": (int, "the token budget of a step"),
     "max-num-seqs": (int, "most sequences that run at once"),
     "long-prefill-token-threshold": (int, "most tokens of one prompt in a step"),
-    "scheduling-policy": (_text, f"{', '.join(POLICIES)}, or a policy of the notebook"),
-    "kernels": (_text, "auto, cuda, emulated or torch: what runs the model"),
+    "scheduling-policy": (quotable, f"{', '.join(POLICIES)}, or a policy of the notebook"),
+    "kernels": (quotable, "auto, cuda, emulated or torch: what runs the model"),
     "max-logprobs": (int, "most logprobs that a request may ask for"),
     "seed": (int, "of requests without one"),
 }
@@ -129,41 +124,26 @@ def _load_options() -> list[Any]:
     ]
 
 
-def _magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
-    """A magic whose method takes parsed arguments and the cell's body. An error of the user's shows
-    as its message alone; any other keeps its traceback."""
-
-    def decorate(method: Callable[..., Any]) -> Any:
-        @functools.wraps(method)
-        def run(self: NbengineMagics, line: str, cell: str | None = None) -> Any:
-            words = arg_split(line, strict=False)
-            if words and words[0] in ("-h", "--help"):
-                print(parser.format_help())
-                return None
-            try:
-                return method(self, parser.parse_args(words), cell)
-            except NbengineError as error:
-                raise UsageError(f"{type(error).__name__}: {error}") from error
-
-        for option in reversed((*options, _HELP)):
-            option(run)
-        magic_arguments()(run)
-        parser = run.parser  # type: ignore[attr-defined]  # set by magic_arguments
-        return kind(run)
-
-    return decorate
-
-
 # ---------------------------------------------------------------------- magics
 
 
 @magics_class
-class NbengineMagics(Magics):
-    """The magics of nbengine."""
+class NbengineMagics(EngineMagics):
+    """The engine's life, generating, stepping, looking in."""
+
+    option_values: ClassVar = {
+        "--scheduling-policy": tuple(POLICIES),
+        "--dtype": ("auto", "float32", "bfloat16", "float16"),
+        "--device": ("auto", "cpu", "cuda"),
+        "--quantization": ("int8", "int4"),
+        "--load-format": ("auto", "safetensors", "gguf"),
+        "--preemption-mode": ("recompute", "swap"),
+        "--block-size": tuple(map(str, BLOCK_SIZES)),
+    }
 
     # ------------------------------------------------------------------ the engine's life
 
-    @_magic(line_magic, *_load_options())
+    @magic(line_magic, *_load_options())
     def nb_load(self, args: argparse.Namespace, _: str | None) -> LLM:
         """Load a model. The notebook gets `llm` and `engine`; one loaded before is closed first.
 
@@ -185,7 +165,7 @@ class NbengineMagics(Magics):
         self.shell.push({"llm": llm, "engine": llm.engine})
         return llm
 
-    @_magic(line_magic)
+    @magic(line_magic)
     def nb_unload(self, args: argparse.Namespace, _: str | None) -> None:
         """Close the engine: requests are aborted, its memory is given back, and the names `llm`,
         `engine` and `conversation` are removed."""
@@ -207,26 +187,9 @@ class NbengineMagics(Magics):
         self._names.pop("conversation", None)
         return found
 
-    @property
-    def _names(self) -> dict[str, Any]:
-        return self.shell.user_ns
-
-    @property
-    def _engine(self) -> Engine:
-        """The notebook's engine."""
-        engine = self._names.get("engine")
-        if not isinstance(engine, Engine):
-            llm = self._names.get("llm")
-            engine = llm.engine if isinstance(llm, LLM) else None
-        if engine is None:
-            raise UsageError(f"no engine is loaded: run %nb_load {DEFAULT_MODEL} first")
-        if engine.is_closed:
-            raise UsageError(f"the engine was closed: run %nb_load {DEFAULT_MODEL} again")
-        return engine
-
     # ------------------------------------------------------------------ generating
 
-    @_magic(line_cell_magic, *_sampling_options(), _PROMPT)
+    @magic(line_cell_magic, *_sampling_options(), _PROMPT)
     def nb_generate(self, args: argparse.Namespace, cell: str | None) -> None:
         """Complete a prompt, showing the text while it comes. The RequestOutput is then in `_`.
 
@@ -235,10 +198,10 @@ class NbengineMagics(Magics):
         """
         self._stream(self._prompt(args, cell, "nb_generate"), args)
 
-    @_magic(
+    @magic(
         line_cell_magic,
         argument("--reset", action="store_true", help="begin a new conversation"),
-        argument("--system", type=_text, help="the system message of a new conversation"),
+        argument("--system", type=quotable, help="the system message of a new conversation"),
         *_sampling_options(),
         _PROMPT,
     )
@@ -266,7 +229,7 @@ class NbengineMagics(Magics):
         conversation.append({"role": "assistant", "content": output.outputs[0].text.strip()})
         self.shell.push({"conversation": conversation})
 
-    @_magic(
+    @magic(
         line_cell_magic,
         argument("--chat", action="store_true", help="through the model's chat template"),
         argument("--each-line", action="store_true", help="every line of the body is a request"),
@@ -337,7 +300,7 @@ class NbengineMagics(Magics):
 
     # ------------------------------------------------------------------ stepping
 
-    @_magic(line_magic, argument("n", nargs="?", type=int, default=1, help="how many (default 1)"))
+    @magic(line_magic, argument("n", nargs="?", type=int, default=1, help="how many (default 1)"))
     def nb_step(self, args: argparse.Namespace, _: str | None) -> Any:
         """Take steps, and return the StepRecord (or several of them)."""
         engine = self._engine
@@ -349,7 +312,7 @@ class NbengineMagics(Magics):
             records.append(engine.step())
         return record if args.n == 1 else Steps(tuple(records))
 
-    @_magic(line_magic)
+    @magic(line_magic)
     def nb_run(self, args: argparse.Namespace, _: str | None) -> None:
         """Let the engine step in the background until %nb_pause. Returns at once."""
         engine = self._engine
@@ -357,21 +320,21 @@ class NbengineMagics(Magics):
         waiting = "" if engine.has_work else " It has no requests yet: %nb_add queues one."
         print(f"Running in the background; %nb_pause stops it, %nb_dashboard shows it.{waiting}")
 
-    @_magic(line_magic)
+    @magic(line_magic)
     def nb_pause(self, args: argparse.Namespace, _: str | None) -> None:
         """Stop stepping in the background, after the current step. What is queued stays."""
         engine = self._engine
         engine.pause()
         print(f"Paused after step {engine.scheduler.step_count}.")
 
-    @_magic(line_magic, argument("request_id", nargs="+", help="which"))
+    @magic(line_magic, argument("request_id", nargs="+", help="which"))
     def nb_abort(self, args: argparse.Namespace, _: str | None) -> None:
         """End requests now, and free all they hold."""
         self._engine.abort(*args.request_id)
 
     # ------------------------------------------------------------------ looking in
 
-    @_magic(line_magic)
+    @magic(line_magic)
     def nb_status(self, args: argparse.Namespace, _: str | None) -> Snapshot:
         """The queues and the block map: a Snapshot."""
         engine = self._engine
@@ -379,44 +342,28 @@ class NbengineMagics(Magics):
             print(f"The last background run failed: {type(engine.error).__name__}: {engine.error}")
         return engine.snapshot()
 
-    @_magic(line_magic)
+    @magic(line_magic)
     def nb_blocks(self, args: argparse.Namespace, _: str | None) -> BlockMap:
         """The block map: which KV blocks are held (and by whom), shared, cached and free."""
         return BlockMap(self._engine.snapshot())
 
-    @_magic(line_magic, argument("request_id", help="a request, or one of its samples (req-3#1)"))
+    @magic(line_magic, argument("request_id", help="a request, or one of its samples (req-3#1)"))
     def nb_why(self, args: argparse.Namespace, _: str | None) -> Explanation:
         """Why a request waits, was preempted, got fewer tokens than it wanted, or missed the prefix
         cache."""
         return self._engine.why(args.request_id)
 
-    @_magic(
-        line_magic, argument("n", nargs="?", type=int, default=10, help="how many (default 10)")
-    )
+    @magic(line_magic, argument("n", nargs="?", type=int, default=10, help="how many (default 10)"))
     def nb_history(self, args: argparse.Namespace, _: str | None) -> Steps:
         """The latest steps: StepRecords, oldest first."""
         return Steps(tuple(self._engine.history)[-max(args.n, 1) :])
 
-    @_magic(line_magic)
+    @magic(line_magic)
     def nb_dashboard(self, args: argparse.Namespace, _: str | None) -> Dashboard:
         """The live dashboard: controls, queues, block map and step log."""
         return self._engine.dashboard()
 
     # ------------------------------------------------------------------ completion
-
-    def complete(self, shell: Any, event: Any) -> list[str]:
-        """What may follow on a magic's line: its options, and names that it asks for."""
-        words = event.line.split()
-        name = words[0].lstrip("%")
-        method = self.shell.find_line_magic(name)
-        if method is None:
-            raise TryNext
-        before = words[: -1 if event.symbol else None]  # without the word that is being typed
-        if before[-1] in _VALUES:
-            return list(_VALUES[before[-1]])
-        parser = method.__func__.parser
-        options = [option for action in parser._actions for option in action.option_strings]
-        return [*options, *self._values(name)]
 
     def _values(self, name: str) -> list[str]:
         if name == "nb_load":
@@ -425,19 +372,7 @@ class NbengineMagics(Magics):
             models += [str(path.parent) for path in sorted(Path().glob("*/config.json"))]
             return models
         if name in ("nb_why", "nb_abort"):
-            engine = self._names.get("engine")
-            if isinstance(engine, Engine) and not engine.is_closed:
+            engine = self._engine_or_none
+            if engine is not None and not engine.is_closed:
                 return list(engine.scheduler.live)
         return []
-
-
-_VALUES: dict[str, tuple[str, ...]] = {
-    "--scheduling-policy": tuple(POLICIES),
-    "--dtype": ("auto", "float32", "bfloat16", "float16"),
-    "--device": ("auto", "cpu", "cuda"),
-    "--quantization": ("int8", "int4"),
-    "--load-format": ("auto", "safetensors", "gguf"),
-    "--preemption-mode": ("recompute", "swap"),
-    "--block-size": tuple(map(str, BLOCK_SIZES)),
-}
-"""What an option's value may be."""

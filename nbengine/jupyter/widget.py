@@ -1,6 +1,7 @@
-"""The dashboard's widget: the module that draws it, and the connection that messages go through.
+"""The widgets: the modules that draw them, and the connections that messages and traits go through.
 
-It holds no state: `publisher` sends, `dashboard` hears. Importing this module needs anywidget.
+They hold no logic: of the dashboard `publisher` sends and `dashboard` hears the messages;
+`kernel_view` makes the kernel view. Importing this module needs anywidget.
 """
 
 from __future__ import annotations
@@ -29,4 +30,19 @@ class DashboardWidget(anywidget.AnyWidget):
         (_HERE / name).read_text("utf-8") for name in ("dashboard.css", "timeline.css")
     )
 
+    palette = traitlets.List(traitlets.Unicode(), list(PALETTE)).tag(sync=True)
+
+
+class KernelViewWidget(anywidget.AnyWidget):
+    """See `watch.KernelTrace` for what the traits hold."""
+
+    _esm = (_HERE / "kernel_view.js").read_text("utf-8")
+    _css = (_HERE / "kernel_view.css").read_text("utf-8")
+
+    facts = traitlets.Unicode("").tag(sync=True)
+    """`KernelTrace.facts()`."""
+    accesses = traitlets.Bytes(b"").tag(sync=True)
+    """`KernelTrace.packed()`."""
+    phase = traitlets.Int(0).tag(sync=True)
+    """The one that is shown, from 0 on; the page sets it too."""
     palette = traitlets.List(traitlets.Unicode(), list(PALETTE)).tag(sync=True)

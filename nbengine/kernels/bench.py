@@ -150,7 +150,7 @@ def measure(
 ) -> Measurement:
     """One shape. All of its memory is given back."""
     arguments = case.make(torch.Generator(device).manual_seed(seed))
-    cost = new.op.cost(arguments)
+    cost = new.op.cost_of(arguments)
     sets = rotating(arguments, cost.bytes_moved, device)
     versions = [new] if current is None else [new, current]
     timings = time_alternately([Replay(version.call, sets, device) for version in versions])

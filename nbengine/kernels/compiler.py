@@ -218,7 +218,7 @@ def _run_nvrtc(
     text, headers = source.spelled(str)
     status, program = nvrtc.nvrtcCreateProgram(
         text.encode(),
-        source.name.encode(),
+        source.compiled_name.encode(),
         len(headers),
         [header.encode() for header in headers.values()],
         [str(path).encode() for path in headers],
@@ -229,7 +229,7 @@ def _run_nvrtc(
             (status,) = nvrtc.nvrtcAddNameExpression(program, name)
             _expect(nvrtc, status)
         (compiled,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
-        log = _text(nvrtc, "ProgramLog", program)
+        log = source.with_own_name(_text(nvrtc, "ProgramLog", program))
         if compiled != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             return compiled.name, log, None
         symbol = b""
@@ -306,7 +306,7 @@ def _at_source_lines(
             places = re.findall(r"^\s*\.loc\s+(\d+)\s+(\d+)", before, re.MULTILINE)
             if places and places[-1][0] in files:
                 file, line = files[places[-1][0]], int(places[-1][1])
-                if file == str(Path.cwd() / source.name):  # what a title becomes
+                if file in (str(Path.cwd() / source.name), source.compiled_name):  # as NVRTC has it
                     file = source.name
                 words = lines[remark.line - 1].strip() if remark.line <= len(lines) else ""
                 remark = Diagnostic(
@@ -321,7 +321,7 @@ def _at_source_lines(
 
 def _key(source: Source, expression: str, options: tuple[str, ...]) -> str:
     digest = hashlib.sha256(repr((_FORMAT, nvrtc_version(), expression, options)).encode())
-    digest.update(f"\0{source.folder}".encode())
+    digest.update(f"\0{source.folder}\0{source.path}".encode())
     found = [match[1] for option in options if (match := _FOLDER.fullmatch(option))]
     further = included("\n".join(source.texts.values()), *map(Path, found))
     for name, text in (*source.texts.items(), *further.items()):

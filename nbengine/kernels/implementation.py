@@ -57,6 +57,8 @@ class Implementation:
     """It is what the op comes with, and not what somebody put in its place."""
     is_capturable: bool = False
     """A call on a GPU is known to be launches alone, which a CUDA graph can hold."""
+    source: Source | None = None
+    """Of CUDA C."""
 
     def __str__(self) -> str:
         return f"{self.origin} ({self.language})"
@@ -103,7 +105,8 @@ def implement(
             return Implementation(op, "torch", "reference", op.reference, is_own=True)
         own = _program(Source.of_op(op.source), device, backend, checks)
         origin, is_cuda = f"cuda/{op.source}", backend == "cuda"
-        return Implementation(op, _language(backend), origin, _launching(op, own), True, is_cuda)
+        call = _launching(op, own)
+        return Implementation(op, _language(backend), origin, call, True, is_cuda, own.source)
     if isinstance(what, str):
         return _named(op, what)
     if isinstance(what, Source):
@@ -114,8 +117,9 @@ def implement(
             raise TypeError(f"{op.name} can't be implemented by {shown(what)}: {_give(op)}")
         return Implementation(op, "Python", _title(what), what)
     is_cuda = what.device.type == "cuda"
-    language, origin = _language("cuda" if is_cuda else "emulated"), _shown(what.source.name)
-    return Implementation(op, language, origin, _launching(op, what), is_capturable=is_cuda)
+    language, origin = _language("cuda" if is_cuda else "emulated"), short_name(what.source.name)
+    call = _launching(op, what)
+    return Implementation(op, language, origin, call, is_capturable=is_cuda, source=what.source)
 
 
 def with_text_read(
@@ -169,7 +173,7 @@ def _language(backend: Backend) -> str:
     return "CUDA C" if backend == "cuda" else "CUDA C, emulated"
 
 
-def _shown(name: str) -> str:
+def short_name(name: str) -> str:
     """The project's own sources by their short names."""
     path = Path(name)
     return f"cuda/{path.name}" if path.parent == CUDA_ROOT else name

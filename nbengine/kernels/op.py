@@ -9,6 +9,7 @@ allocated in a captured graph and every check can fill them with NaN first.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,12 +73,24 @@ class Op:
     """The shape grid, small cases first. Each is small enough to be emulated in about a second."""
     tolerance: Callable[[Arguments], Tolerance]
     cost: Callable[[Arguments], Cost]
+    """Of a call with every argument named; see `cost_of`."""
     scratch: tuple[str, ...] = ()
     """The arguments that a call may leave with any contents."""
     bench_cases: Callable[[], Iterable[Case]] = tuple
     """Shapes of a model of 7 billion parameters, for `bench`: too large to be emulated."""
+    watch_case: Callable[[], Case] | None = None
+    """A small call in which a reader can follow single threads, for `watch`; default: the first of
+    the grid."""
     compact: Callable[[Arguments], Arguments] | None = None
     """The same call with nothing that is too large to copy: of a KV cache, for example, the blocks
     that the call uses, and a block table that names them. For `Kernels.record`."""
     alternatives: Mapping[str, str] = field(default_factory=dict)
     """Further implementations by name, each as `module:function`, imported when asked for."""
+
+    def cost_of(self, arguments: Arguments) -> Cost:
+        """Of a call as an engine makes it, which leaves out what has a default."""
+        parameters = inspect.signature(self.launch).parameters.values()
+        defaults = {
+            p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty
+        }
+        return self.cost({**defaults, **arguments})

@@ -87,6 +87,11 @@ class Program(ABC):
             found = self._kernels[key] = self._make(instantiation(name, template_arguments))
         return found
 
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Those that were asked for so far."""
+        return tuple(self._kernels.values())
+
     @abstractmethod
     def _make(self, expression: str) -> Kernel: ...
 

@@ -69,6 +69,21 @@ class Roofline:
         return table_html((self.device, f"driver {self.driver}"), self._rows())
 
 
+def _published(device: str, gigabytes: float, teraflops: float) -> Roofline:
+    read = gigabytes * 1e9
+    return Roofline(device, "", read, read, teraflops * 1e12, "NVIDIA's data sheet")
+
+
+PUBLISHED = {
+    "H200": _published("NVIDIA H200 SXM", 4800, 989.4),
+    "H100": _published("NVIDIA H100 SXM", 3350, 989.4),
+    "A100": _published("NVIDIA A100 SXM 80 GB", 2039, 312),
+    "L4": _published("NVIDIA L4", 300, 121),
+    "RTX4090": _published("NVIDIA GeForce RTX 4090", 1008, 165.2),
+}
+"""What data sheets say of GPUs that are not here: dense bfloat16 products with float32 sums, and the
+memory's bandwidth. No kernel reaches all of either."""
+
 _measured: dict[tuple[str, str], Roofline] = {}
 
 

@@ -84,6 +84,9 @@ class Source:
     """A translation unit, but for NVIDIA's headers. `name` is what diagnostics call it: a path, or a
     title for a string. `folder` is where its own `#include "..."` are looked for first.
 
+    `path` is the file of the same text that debuggers and profilers are to open, where that is not
+    what `name` says.
+
     The headers are read when it is made, as the text is: a kernel of it that is compiled later is
     made of the same, whatever was edited meanwhile.
     """
@@ -91,6 +94,7 @@ class Source:
     text: str
     name: str
     folder: Path | None = None
+    path: Path | None = None
     headers: tuple[tuple[Path, str], ...] = field(init=False, repr=False)
     """Path and text of all that it includes, itself or through others; see `included`."""
 
@@ -113,6 +117,15 @@ class Source:
     def of_op(cls, file: str) -> Source:
         """A file of `cuda/`."""
         return cls.read(CUDA_ROOT / file)
+
+    @property
+    def compiled_name(self) -> str:
+        """What compilers are told that it is called."""
+        return str(self.path or self.name)
+
+    def with_own_name(self, log: str) -> str:
+        """What a compiler says, with the source's name as messages have it."""
+        return log if self.path is None else log.replace(self.compiled_name, self.name)
 
     @property
     def texts(self) -> dict[str, str]:

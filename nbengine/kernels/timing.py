@@ -70,10 +70,10 @@ class Timing:
 
 def duration(seconds: float) -> str:
     """3 digits, with its unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-7)):
         if seconds >= size:
-            return f"{seconds / size:#.3g} {unit}".replace(". ", " ")
-    return f"{seconds / 1e-6:#.3g} µs".replace(". ", " ")
+            return f"{seconds / max(size, 1e-6):#.3g} {unit}".replace(". ", " ")
+    return f"{seconds / 1e-9:#.3g} ns".replace(". ", " ")
 
 
 def num_sets(bytes_moved: int, set_bytes: int, l2_bytes: int, free_bytes: int) -> int:

@@ -1,12 +1,14 @@
-"""Engines without a model, and a way to wait for what other threads do."""
+"""Engines without a model, a notebook without a page, and a way to wait for what other threads do."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from tests.jupyter.scripted import ScriptedEngine
 
@@ -36,3 +38,38 @@ def eventually(holds: Callable[[], Any], seconds: float = 20.0) -> Any:
             return value
         assert time.monotonic() < deadline, "it never came about"
         time.sleep(0.005)
+
+
+class Notebook:
+    """Runs cells, and remembers what they returned and printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.shell = InteractiveShell.instance()
+        self.shell.reset(new_session=True)
+        self.shell.colors = "nocolor"
+        self.shell.run_line_magic("load_ext", "nbengine")
+        self.capsys = capsys
+        self.result: Any = None
+
+    def run(self, source: str) -> str:
+        """What the cell printed, results and errors included."""
+        self.capsys.readouterr()
+        self.result = self.shell.run_cell(source, store_history=True)
+        captured = self.capsys.readouterr()
+        return captured.out + captured.err
+
+    def value(self, source: str) -> Any:
+        """What the cell returned."""
+        printed = self.run(source)
+        assert self.result.success, printed
+        return self.result.result
+
+    def complete(self, line: str) -> list[str]:
+        return self.shell.complete(re.split(r"[ =]", line)[-1], line)[1]
+
+
+@pytest.fixture
+def notebook(capsys: pytest.CaptureFixture[str]) -> Iterator[Notebook]:
+    """A notebook with the extension and no engine."""
+    yield Notebook(capsys)
+    InteractiveShell.clear_instance()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 
 from nbengine import SamplingParams
 from nbengine.jupyter import extension
 from nbengine.jupyter.dashboard import Dashboard
 from nbengine.llm import LLM
-from tests.jupyter.conftest import eventually
+from tests.jupyter.conftest import Notebook, eventually
 from tests.jupyter.scripted import ScriptedEngine
 
 MAGICS = [
@@ -34,41 +31,6 @@ MAGICS = [
     "nb_history",
     "nb_dashboard",
 ]
-
-
-class Notebook:
-    """Runs cells, and remembers what they returned and printed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.shell = InteractiveShell.instance()
-        self.shell.reset(new_session=True)
-        self.shell.colors = "nocolor"
-        self.shell.run_line_magic("load_ext", "nbengine")
-        self.capsys = capsys
-        self.result: Any = None
-
-    def run(self, source: str) -> str:
-        """What the cell printed, results and errors included."""
-        self.capsys.readouterr()
-        self.result = self.shell.run_cell(source, store_history=True)
-        captured = self.capsys.readouterr()
-        return captured.out + captured.err
-
-    def value(self, source: str) -> Any:
-        """What the cell returned."""
-        printed = self.run(source)
-        assert self.result.success, printed
-        return self.result.result
-
-    def complete(self, line: str) -> list[str]:
-        return self.shell.complete(re.split(r"[ =]", line)[-1], line)[1]
-
-
-@pytest.fixture
-def notebook(capsys: pytest.CaptureFixture[str]) -> Iterator[Notebook]:
-    """A notebook with the extension and no engine."""
-    yield Notebook(capsys)
-    InteractiveShell.clear_instance()
 
 
 @pytest.fixture
@@ -92,6 +54,8 @@ def test_every_magic_has_help_in_both_ways(notebook: Notebook, name: str) -> Non
 def test_a_cell_magics_help_needs_no_body(notebook: Notebook) -> None:
     for name in ("nb_generate", "nb_chat", "nb_add"):
         assert "--max-tokens" in notebook.run(f"%{name} --help")
+        assert "--max-tokens" in notebook.run(f"%%{name} --help")
+        assert "--max-tokens" in notebook.run(f"%%{name} --help\n\n")
         assert "--max-tokens" in notebook.run(f"%%{name} --help\nignored")
 
 

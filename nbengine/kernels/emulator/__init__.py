@@ -85,7 +85,9 @@ class EmulatedKernel(Kernel):
         self.counters: Counters | None = None
         self._source = source
         self._listeners = _CHECKS * checks | _COUNTERS * counters
-        self._library = build.compile_kernel(source, expression, bool(self._listeners))
+        self._library = build.compile_kernel(
+            source, expression, bool(self._listeners), whole_accesses=counters
+        )
         self.max_threads = launch_bound(source, expression) or MAX_THREADS
         self.max_shared_bytes = MAX_SHARED_BYTES - self._library.static_bytes
         self._places = Places(self._library.path, source)
@@ -119,6 +121,19 @@ class EmulatedKernel(Kernel):
             with_trace, launch.grid, launch.block, shared_bytes, tuple(arguments), of
         )
         return list(self._events(recorded, tuple(arguments)))
+
+    def shared_variables(self, shared_bytes: int = 0) -> list[tuple[str, int, int]]:
+        """Name, bytes, and bytes of an element (1 where that is not known) of each variable in shared
+        memory, in a launch with so much of it. Of a kernel made with checks or counters."""
+        return [
+            (
+                variable.name,
+                shared_bytes if variable.is_dynamic else variable.num_bytes,
+                _element_size(self._source, variable.name) or 1,
+            )
+            for variable in self._library.variables
+            if not variable.is_guard
+        ]
 
     def _launch_with(
         self,

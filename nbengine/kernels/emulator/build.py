@@ -89,13 +89,20 @@ class Library:
     """Of the variables that the kernel itself declares, and not a function that it may call."""
 
 
-def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
-    """The library of one kernel. Raises `CompileError`, `NoCompiler` and `ToolchainMissing`."""
+def compile_kernel(
+    source: Source, expression: str, checks: bool, *, whole_accesses: bool = False
+) -> Library:
+    """The library of one kernel. With `whole_accesses` a structure that is copied is announced as
+    one access, as a GPU makes it, and not member by member: for who counts them, and slower. Raises
+    `CompileError`, `NoCompiler` and `ToolchainMissing`."""
     names = {path: f"header{i}.cuh" for i, (path, _) in enumerate(source.headers)}
     text, headers = source.spelled(names.__getitem__)
-    text = f"{_at_first_line(source.name)}{text}\n"
+    text = f"{_at_first_line(source.compiled_name)}{text}\n"
     entry = _at_first_line(_ENTRY_NAME) + _ENTRY.replace("KERNEL", expression)
     flags = (*_COMMON, *(_CHECKED if checks else _FAST), *_own_flags())
+    base = flags
+    if whole_accesses and not _is_clang():
+        flags = (*flags, "-fno-tree-sra")  # the precompiled prelude serves all the same
     key = _key(text, entry, *map(str, headers), *headers.values(), str(source.folder), *flags)
     include = [f"-I{path}" for path in (_INCLUDE, INCLUDE_ROOT, *nvidia_headers())]
     include += [f"-I{path / 'cccl'}" for path in nvidia_headers()]
@@ -108,7 +115,7 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
         unit.write_text(text + entry)
         for path, header in headers.items():
             unit.with_name(names[path]).write_text(_at_first_line(str(path)) + header)
-        compile = (*flags, *include, "-include", str(_prelude(flags)), str(unit))
+        compile = (*flags, *include, "-include", str(_prelude(base)), str(unit))
         try:
             _run(*compile, "-c", "-o", str(compiled))
             objects = [str(compiled)]
@@ -119,13 +126,13 @@ def compile_kernel(source: Source, expression: str, checks: bool) -> Library:
                 _run(*_COMMON, "-c", str(storage), "-o", objects[-1])
             _run(*objects, str(runtime()), *wrapped, *_LINKED, "-o", str(target))
         except _Refused as refused:
-            log = str(refused)
+            log = source.with_own_name(str(refused))
             if _ENTRY_NAME in log:  # what is wrong without the entry is told alone
                 unit.write_text(text)
                 try:
                     _run(*compile, "-fsyntax-only")
                 except _Refused as alone:
-                    log = str(alone)
+                    log = source.with_own_name(str(alone))
             title = f"{source.name}: {expression} does not compile for the emulator"
             said = parse_gcc(log) or _assembled(log) or _undefined(log, source)
             remarks = _located(said, source, expression)

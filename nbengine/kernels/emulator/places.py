@@ -49,6 +49,7 @@ class Places:
 
     def at(self, file: str, line: int) -> Place:
         """A place that the compiler named."""
+        file = self._source.name if file == self._source.compiled_name else file
         return Place(file, line, self._line(file, line))
 
     def _looked_up(self, pcs: list[int]) -> list[Place | None]:
@@ -79,7 +80,8 @@ class Places:
 
     def _is_source(self, file: str) -> bool:
         # g++ may name the unit itself in spite of #line; the lines are the source's all the same.
-        return file.endswith((f"/{self._source.name}", f"/{UNIT}")) or file == self._source.name
+        names = (self._source.name, self._source.compiled_name)
+        return file.endswith((f"/{self._source.name}", f"/{UNIT}")) or file in names
 
     def _line(self, file: str, line: int) -> str:
         text = self._source.texts.get(file)

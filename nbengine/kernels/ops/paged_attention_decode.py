@@ -299,6 +299,11 @@ def case(
     return Case(title(dtype, *words), make)
 
 
+def watch_case() -> Case:
+    """Two sequences of one KV head: each warp takes the 16 tokens of one block."""
+    return case(torch.float32, (2, 1, 64), 16, (40, 21))
+
+
 def bench_cases() -> Iterator[Case]:
     """The shapes whose speed counts: 28 query and 4 KV heads of 128 in blocks of 16."""
     heads = (7, 4, 128)
@@ -338,5 +343,6 @@ OP = Op(
     cost=cost,
     scratch=("workspace",),
     bench_cases=bench_cases,
+    watch_case=watch_case,
     compact=compact,
 )

@@ -1,0 +1,121 @@
+"""What the classes of magics share: the decorator, the notebook's engine, completion.
+
+A magic's method takes parsed arguments and the cell's body. Every magic has `--help`, completes its
+options and the names that it asks for, and shows a mistake of the user's as one message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from IPython.core.error import TryNext, UsageError
+from IPython.core.magic import Magics
+from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.utils.process import arg_split
+
+from nbengine.engine import Engine
+from nbengine.errors import NbengineError
+from nbengine.kernels.diagnostics import CompileError
+from nbengine.llm import LLM
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
+    """A magic whose method takes parsed arguments and the cell's body. An error of the user's shows
+    as its message alone (a compiler's, with its own colours); any other keeps its traceback."""
+
+    def decorate(method: Callable[..., Any]) -> Any:
+        @functools.wraps(method)
+        def run(self: EngineMagics, line: str, cell: str | None = None) -> Any:
+            words = arg_split(line, strict=False)
+            if words and words[0] in ("-h", "--help"):
+                print(parser.format_help())
+                return None
+            try:
+                return method(self, parser.parse_args(words), cell)
+            except CompileError:
+                raise
+            except NbengineError as error:
+                raise UsageError(f"{type(error).__name__}: {error}") from error
+
+        for option in reversed((*options, _HELP)):
+            option(run)
+        magic_arguments()(run)
+        parser = run.parser  # type: ignore[attr-defined]  # set by magic_arguments
+        return kind(run)
+
+    return decorate
+
+
+_HELP = argument("-h", "--help", action="store_true", help="show this")
+
+
+def quotable(value: str) -> str:
+    r"""An option's text; in quotes it is read as a Python string, so that "\n" is a new line."""
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        try:
+            return str(ast.literal_eval(value))
+        except (ValueError, SyntaxError) as error:
+            raise argparse.ArgumentTypeError(f"{value} is no Python string") from error
+    return value
+
+
+def without_body_as_line(lines: list[str]) -> list[str]:
+    """A cell magic of ours with nothing below it is the line magic of the same name: IPython refuses
+    an empty body, and `%%nb_kernel --help` should say what it does."""
+    if lines and lines[0].startswith("%%nb_") and not "".join(lines[1:]).strip():
+        return [lines[0][1:]]
+    return lines
+
+
+class EngineMagics(Magics):
+    """Magics that work on the `engine` (or `llm`) of the user's namespace."""
+
+    option_values: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """What an option's value may be, for completion."""
+
+    @property
+    def _names(self) -> dict[str, Any]:
+        return self.shell.user_ns
+
+    @property
+    def _engine(self) -> Engine:
+        """The notebook's engine. Raises `UsageError` without one."""
+        engine = self._engine_or_none
+        if engine is None:
+            raise UsageError(f"no engine is loaded: run %nb_load {DEFAULT_MODEL} first")
+        if engine.is_closed:
+            raise UsageError(f"the engine was closed: run %nb_load {DEFAULT_MODEL} again")
+        return engine
+
+    @property
+    def _engine_or_none(self) -> Engine | None:
+        """It may be closed."""
+        engine = self._names.get("engine")
+        if not isinstance(engine, Engine):
+            llm = self._names.get("llm")
+            engine = llm.engine if isinstance(llm, LLM) else None
+        return engine
+
+    def complete(self, shell: Any, event: Any) -> list[str]:
+        """What may follow on a magic's line: its options, and names that it asks for."""
+        words = event.line.split()
+        name = words[0].lstrip("%")
+        method = self.shell.find_line_magic(name)
+        if method is None:
+            raise TryNext
+        before = words[: -1 if event.symbol else None]  # without the word that is being typed
+        if before[-1] in self.option_values:
+            return list(self.option_values[before[-1]])
+        parser = method.__func__.parser
+        options = [option for action in parser._actions for option in action.option_strings]
+        return [*options, *self._values(name)]
+
+    def _values(self, name: str) -> Iterable[str]:
+        """What a magic's arguments may be."""
+        return ()

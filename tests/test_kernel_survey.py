@@ -1,0 +1,171 @@
+"""What an engine's ops cost at its batch, and the roofline that they lie under."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from xml.dom import minidom
+
+import pytest
+
+from nbengine import Engine, SamplingParams
+from nbengine.errors import InvalidField
+from nbengine.kernel_survey import OpSurvey, RooflinePlot, Survey, _spread, survey
+from nbengine.kernels.implementation import Implementation
+from nbengine.kernels.op import Cost
+from nbengine.kernels.ops import OPS
+from nbengine.kernels.roofline import PUBLISHED, Roofline
+from nbengine.kernels.timing import Timing
+from tests.gpu import needs_gpu
+from tests.tiny_models import save_reference
+
+ROOFS = Roofline("a device", "1", 1e12, 1e12, 1e14, "a reader")
+"""1 TB/s and 100 TFLOP/s: the ridge is at 100 operations a byte."""
+
+
+def row(op: str, cost: Cost | None, seconds: float | None = None, is_own: bool = True) -> OpSurvey:
+    implementation = Implementation(OPS[op], "CUDA C", f"{op}.cu", print, is_own)
+    timing = None if seconds is None else Timing(seconds, seconds, seconds, 11)
+    return OpSurvey(implementation, cost, timing)
+
+
+MEASURED = Survey(
+    (
+        row("rms_norm", Cost(10**6, 10**6), 2e-6),  # at least 1 µs, by its bytes
+        row("gemv", Cost(10**6, 10**9), 40e-6, is_own=False),  # at least 10 µs, by its operations
+        row("copy_blocks", Cost(10**6, 0), 1e-6),
+        row("rope", None),
+    ),
+    ROOFS,
+    "measured on a device",
+)
+
+
+def test_a_fraction_of_the_roofline_is_the_floor_over_the_time() -> None:
+    fractions = [MEASURED.of_roofline(row) for row in MEASURED.rows]
+    assert fractions == [pytest.approx(0.5), pytest.approx(0.25), pytest.approx(1.0), None]
+
+
+def test_the_table_has_every_op_and_says_which_the_batch_does_not_call() -> None:
+    lines = {line.split()[0]: line for line in str(MEASURED).splitlines()[2:]}
+    assert lines["rms_norm"].split()[-6:] == ["memory", "1.00", "µs", "2.00", "µs", "50.0%"]
+    assert "swapped" in lines["gemv"] and "matrix" in lines["gemv"]
+    assert lines["rope"].endswith("not called")
+
+
+def dots(svg: str) -> dict[str, tuple[str, float, float, str]]:
+    """By op: the shape, its middle, and its fill."""
+    found = {}
+    for node in minidom.parseString(svg).documentElement.childNodes:
+        if node.nodeName not in ("circle", "rect"):
+            continue
+        name = node.getElementsByTagName("title")[0].firstChild.data.partition(":")[0]
+        if node.nodeName == "circle":
+            x, y = float(node.getAttribute("cx")), float(node.getAttribute("cy"))
+        else:
+            x, y = float(node.getAttribute("x")) + 5, float(node.getAttribute("y")) + 5
+        fill = re.search(r"fill:([^;]+)", node.getAttribute("style"))
+        assert fill
+        found[name] = node.nodeName, x, y, fill[1]
+    return found
+
+
+def test_the_plot_has_a_dot_for_each_op_that_computes_where_its_figures_put_it() -> None:
+    svg = RooflinePlot(MEASURED).svg()
+    found = dots(svg)
+    assert found.keys() == {"rms_norm", "gemv"}, "copies compute nothing, and have no place on it"
+    assert (found["rms_norm"][0], found["gemv"][0]) == ("circle", "rect"), "a square was swapped"
+    assert "none" not in (found["rms_norm"][3], found["gemv"][3]), "measured ones are filled"
+    # gemv: 1000 FLOP/byte, 25 TFLOP/s; rms_norm: 1 FLOP/byte, 0.5 TFLOP/s. Three decades apart one
+    # way, 1.7 the other; and the grid has a line at each power of ten.
+    ticks = {
+        node.firstChild.data: float(node.getAttribute("x"))
+        for node in minidom.parseString(svg).getElementsByTagName("text")
+        if node.getAttribute("text-anchor") == "middle" and node.firstChild.data.isdigit()
+    }
+    assert found["rms_norm"][1] == pytest.approx(ticks["1"], abs=0.1)
+    assert found["gemv"][1] == pytest.approx(ticks["1000"], abs=0.1)
+    assert found["gemv"][2] < found["rms_norm"][2]
+
+
+def test_the_plot_takes_its_ink_from_the_page() -> None:
+    svg = RooflinePlot(MEASURED).svg()
+    assert "var(--jp-content-font-color1, var(--vscode-editor-foreground, currentColor))" in svg
+    assert "background" not in svg
+
+
+def test_names_are_kept_apart_and_inside() -> None:
+    places = _spread([10, 12, 100, 395, 396, 399], top=20, bottom=400)
+    assert places[0] >= 20 and places[-1] <= 400
+    assert all(b - a >= 16 for a, b in itertools.pairwise(places))
+    assert places[2] == 100, "one with room stays where it is"
+
+
+def test_without_an_engine_it_says_so() -> None:
+    found = survey()
+    assert [row.name for row in found.rows] == list(OPS)
+    assert "no engine is loaded" in str(found)
+    assert RooflinePlot(found).svg() == ""
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(InvalidField, match="H200, H100, A100"):
+        survey(gpu="K80")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kernel_survey")
+    save_reference("served-llama", folder)
+    return folder / "served-llama"
+
+
+def engine_of(model: Path, kernels: str) -> Iterator[Engine]:
+    with Engine(
+        model=model,
+        kernels=kernels,
+        device="cuda" if kernels == "cuda" else "cpu",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        num_gpu_blocks_override=16,
+    ) as engine:
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        engine.add_request([5, 6, 7, 8], params)
+        engine.add_request([5, 6, 7, 8, 9], params)
+        engine.step(2)
+        yield engine
+
+
+def test_an_emulated_engine_is_held_against_published_figures_and_nothing_is_timed(
+    model: Path,
+) -> None:
+    for engine in engine_of(model, "emulated"):
+        before = engine.snapshot()
+        plot = engine.kernels.roofline("A100")
+        rows = {row.name: row for row in plot.survey.rows}
+        assert plot.survey.roofs is PUBLISHED["A100"]
+        assert all(row.timing is None for row in rows.values())
+        # Two requests of a hidden size of 64 floats, with the residual: x, out and the residual
+        # twice, and the weight once.
+        assert rows["rms_norm"].cost == Cost(4 * 2 * 64 * 4 + 64 * 4, 4 * 2 * 64)
+        assert rows["swap_blocks"].cost is None
+        assert "not measured" in str(plot) and "no GPU" in str(plot)
+        assert "published, not measured" in plot.svg()
+        shapes = dots(plot.svg())
+        assert shapes.keys() >= {"rms_norm", "gemv", "gated_mlp", "paged_attention_decode"}
+        assert {fill for _, _, _, fill in shapes.values()} == {"none"}, "rings"
+        assert engine.snapshot() == before
+
+
+@needs_gpu
+def test_on_a_gpu_every_op_that_is_called_is_timed(model: Path) -> None:
+    for engine in engine_of(model, "cuda"):
+        found = engine.kernels.survey()
+        assert found.roofs is not None and found.roofs.driver
+        called = [row for row in found.rows if row.cost is not None]
+        assert len(called) >= 6
+        assert all(0 < (found.of_roofline(row) or 0) < 1.2 for row in called)
+        engine.run()
