@@ -74,6 +74,7 @@ class ModelRunner:
         Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`, `NotEnoughMemory`, and
         `InvalidField` for an unknown dtype or quantization, or kernels that don't serve the model.
         """
+        _flush_denormals()  # first: what loads the weights starts the threads that will compute
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
         on_cpu = settings.kernels == "emulated" and settings.device == "auto"
@@ -216,9 +217,7 @@ class ModelRunner:
         """The second half of `execute`. If it raises, what the plan's blocks hold is unknown."""
         plan = prepared.plan
         if not self._is_set_up:
-            # With denormal numbers a matrix product can take twenty times as long. It is a setting
-            # of this thread, and of OpenMP's workers that it starts from now on.
-            torch.set_flush_denormal(True)
+            _flush_denormals()
             self._is_set_up = True
         self.kv_cache.swap_out(plan.swap_out)
         self.kv_cache.swap_in(plan.swap_in)
@@ -319,6 +318,13 @@ class ModelRunner:
                 ]
             except SamplingError as error:
                 output.errors[seq.seq_id] = error
+
+
+def _flush_denormals() -> None:
+    """With denormal numbers a matrix product can take twenty times as long, and a result would depend
+    on the thread that computes it: this is a setting of the calling thread, and of OpenMP's workers
+    that it starts from now on."""
+    torch.set_flush_denormal(True)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
