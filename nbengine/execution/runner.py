@@ -93,6 +93,7 @@ class ModelRunner:
                 max_positions=budget.max_model_len,
                 for_kernels=kernels is not None,
             )
+            decoder.batch_invariant = settings.batch_invariant
             if kernels is not None:
                 decoder.kernel_layers = KernelLayers(decoder, kernels)
             if device.type == "cuda":
