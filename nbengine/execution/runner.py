@@ -132,7 +132,9 @@ class ModelRunner:
                 f"program has taken it meanwhile. Lower gpu_memory_utilization or close the other "
                 f"program. The budget was:\n{budget}"
             ) from error
-        sampler = Sampler(config.vocab_size, device, kernels)
+        sampler = Sampler(
+            config.vocab_size, device, kernels, batch_invariant=settings.batch_invariant
+        )
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
         return cls(decoder, kv_cache, sampler, buffer=buffer, graphs=graphs), budget
 
