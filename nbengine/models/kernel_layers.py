@@ -160,8 +160,11 @@ class KernelLayers:
         return dense(x, weights.weight, weights.bias)
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """By the kernel in which a row's result is the same at any number of rows."""
+        """By the kernels in which a row's result is the same at any number of rows."""
         out = x.new_empty(x.shape[0], weight.shape[0])
+        if x.shape[0] > gemv.MAX_ROWS and x.dtype != torch.float32:
+            self.kernels.gemm(out=out, x=x, weight=weight, bias=bias)
+            return out
         for some, of_some in _few_at_a_time(x, out):
             self.kernels.gemv(out=of_some, x=some, weight=weight, bias=bias)
         return out
