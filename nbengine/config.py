@@ -69,6 +69,10 @@ class EngineConfig:
     """Token ids in, token ids out; no tokenizer is loaded."""
     enforce_eager: bool = False
     """Never run from captured CUDA graphs."""
+    batch_invariant: bool = False
+    """Compute every token with sums in one order, whatever else a step holds: a request's logits are
+    then the same to the last bit in any batch and any chunks, after prefix hits and preemption.
+    Slower, prompts above all."""
     kernels: str = "auto"
     """What runs the model: `cuda`, the CUDA C kernels on a GPU; `emulated`, the same kernels on a
     CPU (slow: for tests and for writing kernels); `torch`, no kernels of those. `auto` is `cuda` on
@@ -101,6 +105,7 @@ class EngineConfig:
             "enable_chunked_prefill",
             "skip_tokenizer_init",
             "enforce_eager",
+            "batch_invariant",
         ):
             check(name, lambda v: isinstance(v, bool), "must be True or False")
         for name, allowed in (

@@ -327,6 +327,7 @@ BAD_CONFIGS = [
         for name in (
             "enable_prefix_caching", "enable_chunked_prefill", "skip_tokenizer_init",
             "enforce_eager",
+            "batch_invariant",
         )
         for value in (1, 0, "yes", None)
     ),

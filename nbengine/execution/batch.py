@@ -7,6 +7,7 @@ buffer is the same in every step (`BatchBuffer`), so that a captured graph finds
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from itertools import chain
@@ -86,6 +87,46 @@ class Batch:
             return len(self.seq_lens)
         return next(i for i, n in enumerate(self.query_lens) if n != 1)
 
+    def rows_apart(self) -> Batch:
+        """The same T tokens as T sequences of one row each, in the same order: with all of them
+        written to the cache, each sees what it sees here. Not for a padded batch."""
+        device = self.positions.device
+        owners = [i for i, n in enumerate(self.query_lens) for _ in range(n)]
+        pasts = (
+            range(past, past + n)
+            for past, n in zip(self.context_lens, self.query_lens, strict=True)
+        )
+        return dataclasses.replace(
+            self,
+            query_start_loc=torch.arange(self.num_tokens + 1, device=device),
+            seq_lens=self.positions + 1,
+            block_tables=self.block_tables[torch.tensor(owners, device=device)],
+            num_seqs=self.num_tokens,
+            max_query_len=1,
+            query_lens=[1] * self.num_tokens,
+            context_lens=list(chain.from_iterable(pasts)),
+            attention_plans={},
+        )
+
+    def only(self, i: int) -> Batch:
+        """One sequence of a batch in which each has one row."""
+        part = slice(i, i + 1)
+        return dataclasses.replace(
+            self,
+            token_ids=self.token_ids[part],
+            positions=self.positions[part],
+            slot_mapping=self.slot_mapping[part],
+            query_start_loc=self.query_start_loc[:2],
+            seq_lens=self.seq_lens[part],
+            block_tables=self.block_tables[part],
+            num_tokens=1,
+            num_seqs=1,
+            max_seq_len=self.context_lens[i] + 1,
+            query_lens=[1],
+            context_lens=self.context_lens[part],
+            attention_plans={},
+        )
+
     @classmethod
     def from_plan(
         cls,
@@ -145,6 +186,7 @@ class Batch:
         host["token_ids"][:num_tokens] = list(chain.from_iterable(tokens))
         first_rows = np.cumsum([0, *counts])
         host["query_start_loc"][: num_seqs + 1] = first_rows
+        host["query_start_loc"][num_seqs + 1 :] = num_tokens  # padding has no rows
         host["seq_lens"][:num_seqs] = ends
         tables = host["block_tables"]
         for table, (seq, _), n in zip(tables, scheduled, num_blocks, strict=False):

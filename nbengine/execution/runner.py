@@ -79,6 +79,7 @@ class ModelRunner:
         Raises `ModelNotFound`, `UnsupportedModel`, `WeightsError`, `NotEnoughMemory`, and
         `InvalidField` for an unknown dtype or quantization, or kernels that don't serve the model.
         """
+        _flush_denormals()  # first: what loads the weights starts the threads that will compute
         startup = startup or StartupTimes()
         with startup.phase("find the model"):
             checkpoint = open_checkpoint(path)
@@ -101,6 +102,7 @@ class ModelRunner:
                     max_positions=budget.max_model_len,
                     for_kernels=kernels is not None,
                 )
+                decoder.batch_invariant = settings.batch_invariant
                 if kernels is not None:
                     decoder.kernel_layers = KernelLayers(decoder, kernels)
             if device.type == "cuda":
@@ -142,7 +144,9 @@ class ModelRunner:
                 f"program has taken it meanwhile. Lower gpu_memory_utilization or close the other "
                 f"program. The budget was:\n{budget}"
             ) from error
-        sampler = Sampler(config.vocab_size, device, kernels)
+        sampler = Sampler(
+            config.vocab_size, device, kernels, batch_invariant=settings.batch_invariant
+        )
         budget = dataclasses.replace(budget, weights=decoder.nbytes)
         return cls(decoder, kv_cache, sampler, buffer=buffer, graphs=graphs), budget
 
@@ -246,9 +250,7 @@ class ModelRunner:
         """The second half of `execute`. If it raises, what the plan's blocks hold is unknown."""
         plan = prepared.plan
         if not self._is_set_up:
-            # With denormal numbers a matrix product can take twenty times as long. It is a setting
-            # of this thread, and of OpenMP's workers that it starts from now on.
-            torch.set_flush_denormal(True)
+            _flush_denormals()
             self._is_set_up = True
         self.kv_cache.swap_out(plan.swap_out)
         self.kv_cache.swap_in(plan.swap_in)
@@ -352,6 +354,13 @@ class ModelRunner:
                 ]
             except SamplingError as error:
                 output.errors[seq.seq_id] = error
+
+
+def _flush_denormals() -> None:
+    """With denormal numbers a matrix product can take twenty times as long, and a result would depend
+    on the thread that computes it: this is a setting of the calling thread, and of OpenMP's workers
+    that it starts from now on."""
+    torch.set_flush_denormal(True)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -24,6 +24,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import pad
 
 from nbengine.core.logprobs import Logprob
 from nbengine.errors import SamplingError
@@ -42,14 +43,21 @@ memory of its logits."""
 
 class Sampler:
     """Samples tokens with ids below `vocab_size` from logits on `device`: by `kernels` where they
-    are given, else by torch."""
+    are given, else by torch. With `batch_invariant` a row's probabilities do not depend on the number
+    of rows even in their last bit: torch on a GPU then gets one row at a time."""
 
     def __init__(
-        self, vocab_size: int, device: torch.device | str, kernels: Kernels | None = None
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        kernels: Kernels | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.kernels = kernels
+        self._one_by_one = batch_invariant and kernels is None and self.device.type == "cuda"
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SamplerOutput:
         """Sample every row. `logits` is float32 [R, V] (for kernels, float16 or bfloat16 too) with V
@@ -67,6 +75,8 @@ class Sampler:
             if left:
                 _add_logprobs(output, _take_rows(logits, left), left, rows)
             return output
+        if self._one_by_one and len(rows) > 1:
+            return self._sample_one_by_one(logits, rows)
         raw = logits[:, : self.vocab_size].float()
         scores = self._masked_and_penalised(raw, rows)
         best_values, best_ids = _largest(scores)
@@ -96,6 +106,16 @@ class Sampler:
         if wanted:
             _add_logprobs(output, _take_rows(raw, wanted), wanted, rows)
         return output
+
+    def _sample_one_by_one(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SamplerOutput:
+        together = SamplerOutput([], [])
+        for index, row in enumerate(rows):
+            alone = self.sample(logits[index : index + 1].clone(), [row])
+            together.token_ids += alone.token_ids
+            together.logprobs += alone.logprobs
+            if alone.errors:
+                together.errors[index] = alone.errors[0]
+        return together
 
     def _masked_and_penalised(self, raw: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         """Moves 2 and 3. Returns `raw` itself where no row asks for any of them."""
@@ -382,6 +402,11 @@ def _softmax(scores: torch.Tensor, largest: Floats, temperatures: Floats) -> tor
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    width = logits.shape[1]
+    if width % 4 and not _in_host_memory(logits):
+        # A GPU's order of additions depends on where among 16 bytes a row begins. Padded, all begin at
+        # the first, and what is added to them counts nothing.
+        return pad(logits.float(), (0, -width % 4), value=-math.inf).log_softmax(dim=-1)[:, :width]
     return logits.float().log_softmax(dim=-1)
 
 
@@ -416,8 +441,8 @@ def _logprob_dicts(
     """For each (row, token): that token's entry, then its row's ks[row] best, best first."""
     width = logprobs.shape[1]
     best = _best(logprobs, [width if k == -1 else min(k, width) for k in ks])
-    where = torch.tensor(list(row_of), device=logprobs.device)
-    chosen = torch.tensor(list(token_ids), device=logprobs.device)
+    where = torch.tensor(list(row_of), dtype=torch.int64, device=logprobs.device)
+    chosen = torch.tensor(list(token_ids), dtype=torch.int64, device=logprobs.device)
     values = logprobs[where, chosen]
     num_above = _num_above(logprobs[where], values)
     result = []

@@ -109,7 +109,7 @@ _LOAD = {
     "seed": (int, "of requests without one"),
 }
 _LOAD_SWITCHES = ("enable-prefix-caching", "enable-chunked-prefill")
-_LOAD_FLAGS = ("skip-tokenizer-init", "enforce-eager")
+_LOAD_FLAGS = ("skip-tokenizer-init", "enforce-eager", "batch-invariant")
 
 
 def _load_options() -> list[Any]:

@@ -24,7 +24,7 @@ from nbengine.execution.batch import Batch
 from nbengine.execution.kv_cache import KVCache
 from nbengine.models.config import ModelConfig
 from nbengine.models.decode import CompiledDecode
-from nbengine.models.linear import Linear
+from nbengine.models.linear import MAX_KERNEL_ROWS, Linear
 from nbengine.models.ops import RmsNorm, rotate, silu_and_mul
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Decoder:
     rope: Tensor  # [max_positions, 2, head_dim], see rope_table
     kernel_layers: KernelLayers | None = field(default=None, init=False, repr=False)
     """Runs the layers, where the engine's kernels do; else they run in torch, below."""
+    batch_invariant: bool = field(default=False, init=False)
+    """A token's result is the same to the last bit whatever else is computed with it."""
     _compiled: tuple[weakref.ref[KVCache], CompiledDecode | None] | None = field(
         default=None, init=False, repr=False
     )
@@ -98,6 +100,19 @@ class Decoder:
         """
         if self.kernel_layers is not None:
             return self.kernel_layers(batch, kv_cache, watch)
+        if self.batch_invariant:
+            return self._forward_apart(batch.rows_apart(), kv_cache, watch)
+        return self._forward(batch, kv_cache, watch)
+
+    def _forward_apart(self, batch: Batch, kv_cache: KVCache, watch: LayerWatch | None) -> Tensor:
+        """Batch-invariant: in the compiled kernels rows of one call do not meet; with torch, whose
+        operations choose their order of additions by all of their shape, each has calls of its own."""
+        if self._compiled_for(kv_cache) is not None:
+            return self._forward(batch, kv_cache, watch)
+        rows = [batch.only(i) for i in range(batch.num_seqs)]
+        return torch.cat([self._forward(row, kv_cache, watch) for row in rows])
+
+    def _forward(self, batch: Batch, kv_cache: KVCache, watch: LayerWatch | None) -> Tensor:
         x = embedding(batch.token_ids, self.embedding)
         cos_sin = self.rope[batch.positions]  # [T, 2, head_dim]
         if watch is not None:
@@ -118,6 +133,11 @@ class Decoder:
         """float32 `[R, vocab]` of rows `[R, hidden]` that `forward` returned, in `out` if given."""
         if self.kernel_layers is not None:
             logits = self.kernel_layers.compute_logits(hidden_rows)
+        elif self.batch_invariant:
+            is_compiled = self.head.matrix is not None and self.dtype == torch.float32
+            parts = hidden_rows.split(MAX_KERNEL_ROWS if is_compiled else 1)
+            # Copied, because a library may go by where a row lies in memory, too.
+            logits = torch.cat([self.head(self.norm(part.clone())) for part in parts])
         else:
             logits = self.head(self.norm(hidden_rows))
         return logits.float() if out is None else out.copy_(logits)

@@ -12,6 +12,7 @@ them so, and each part is one launch of its own kernel.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -145,19 +146,33 @@ class KernelLayers:
     def product(self, weights: Linear, x: Tensor) -> Tensor:
         """x `[T, in]` times the matrix, plus its bias."""
         few = x.shape[0] <= gemv.MAX_ROWS  # up to which it beats the library's product
+        by_library = not few and not self.decoder.batch_invariant
         if isinstance(weights, QuantizedLinear):
-            if not few or x.dtype == torch.float32:  # which tensor cores would round
-                return weights.multiply(x, self.kernels.dequantize)
+            if by_library or x.dtype == torch.float32:  # which tensor cores would round
+                dense = self._dense if self.decoder.batch_invariant else linear
+                return weights.multiply(x, self.kernels.dequantize, dense)
             out = x.new_empty(x.shape[0], len(weights.codes))
-            self.kernels.quantized_gemv(
-                out=out, x=x, codes=weights.codes, scales=weights.scales, bias=weights.bias
-            )
+            for some, of_some in _few_at_a_time(x, out):
+                self.kernels.quantized_gemv(
+                    out=of_some,
+                    x=some,
+                    codes=weights.codes,
+                    scales=weights.scales,
+                    bias=weights.bias,
+                )
             return out
         assert isinstance(weights, DenseLinear)  # the others are for the CPU's own kernels
-        if not few:
-            return linear(x, weights.weight, weights.bias)
-        out = x.new_empty(x.shape[0], weights.weight.shape[0])
-        self.kernels.gemv(out=out, x=x, weight=weights.weight, bias=weights.bias)
+        dense = linear if by_library else self._dense
+        return dense(x, weights.weight, weights.bias)
+
+    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """By the kernels in which a row's result is the same at any number of rows."""
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        if x.shape[0] > gemv.MAX_ROWS and x.dtype != torch.float32:
+            self.kernels.gemm(out=out, x=x, weight=weight, bias=bias)
+            return out
+        for some, of_some in _few_at_a_time(x, out):
+            self.kernels.gemv(out=of_some, x=some, weight=weight, bias=bias)
         return out
 
     def _attention(
@@ -187,7 +202,9 @@ class KernelLayers:
             watch.see_queries(q)
         out = torch.empty_like(q)
         scale = config.head_dim**-0.5
-        decodes = batch.num_decodes
+        # The two kernels add up in different orders, and the decode kernel's depends on the batch. In
+        # the other one a row's own keys alone count, in steps that are anchored at position 0.
+        decodes = 0 if self.decoder.batch_invariant else batch.num_decodes
         if decodes:
             kernels.paged_attention_decode(
                 out=out[:decodes],
@@ -215,3 +232,8 @@ class KernelLayers:
                 max_query_len=batch.max_query_len,
             )
         return self.product(layer.o, out.view(-1, config.q_size))
+
+
+def _few_at_a_time(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """As many rows of both as the kernels for few rows take."""
+    return zip(x.split(gemv.MAX_ROWS), out.split(gemv.MAX_ROWS), strict=True)

@@ -25,7 +25,7 @@ from nbengine.errors import InvalidField
 from nbengine.kernels.ops import dequantize
 from nbengine.kernels.ops.dequantize import GROUP  # that of GGUF's Q4_0 and Q4_1, too
 
-_MAX_KERNEL_ROWS = 16
+MAX_KERNEL_ROWS = 16
 """Rows of a float32 x up to which the compiled kernel beats torch's, which is made for many."""
 
 SLICE_WEIGHTS = 1 << 23
@@ -154,7 +154,7 @@ class DenseLinear:
             self.matrix = _matrix(32, weight, None, bias, *weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._kernels is None or self.matrix is None or x.shape[0] > _MAX_KERNEL_ROWS:
+        if self._kernels is None or self.matrix is None or x.shape[0] > MAX_KERNEL_ROWS:
             return linear(x, self.weight, self.bias)
         return _multiply(self._kernels, self.matrix, x)
 
@@ -264,9 +264,15 @@ class QuantizedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self.multiply(x, dequantize.reference)
 
-    def multiply(self, x: Tensor, dequantize: Callable[..., None]) -> Tensor:
+    def multiply(
+        self,
+        x: Tensor,
+        dequantize: Callable[..., None],
+        product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear,
+    ) -> Tensor:
         """The product, with a slice of the weights at a time taken out of their codes by
-        `dequantize(out=, codes=, scales=)` into the dtype of x."""
+        `dequantize(out=, codes=, scales=)` into the dtype of x, and multiplied by
+        `product(x, weight, bias)`."""
         out = x.new_empty(x.shape[0], len(self.codes))
         rows = min(len(self.codes), max(1, SLICE_WEIGHTS // self.in_features))
         weights = x.new_empty(rows, self.in_features)
@@ -276,7 +282,7 @@ class QuantizedLinear:
             weight = weights[: len(codes)]
             dequantize(out=weight, codes=codes, scales=self.scales[part])
             bias = None if self.bias is None else self.bias[part]
-            out[:, part] = linear(x, weight, bias)
+            out[:, part] = product(x, weight, bias)
         return out
 
     @property

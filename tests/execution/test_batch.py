@@ -40,3 +40,31 @@ def test_rows_that_need_logits_can_be_named():
     assert batch.logits_rows.tolist() == [4, 0, 1]
     none = Batch.from_plan(StepPlan(scheduled=[(seq, 2)]), block_size=8)
     assert none.logits_rows.tolist() == []
+
+
+def test_rows_apart_are_sequences_that_each_see_their_own_past():
+    chunk = sequence(20, first=100, computed=6, table=[5, 2, 9])
+    decode = sequence(9, first=200, computed=8, table=[7, 4])
+    plan = StepPlan(scheduled=[(decode, 1), (chunk, 3)])
+    apart = Batch.from_plan(plan, block_size=8).rows_apart()
+    assert apart.token_ids.tolist() == [208, 106, 107, 108]
+    assert apart.slot_mapping.tolist() == [4 * 8, 5 * 8 + 6, 5 * 8 + 7, 2 * 8]
+    assert apart.seq_lens.tolist() == [9, 7, 8, 9]
+    assert apart.block_tables.tolist() == [[7, 4], [5, 2], [5, 2], [5, 2]]
+    assert apart.query_start_loc.tolist() == [0, 1, 2, 3, 4]
+    assert (apart.query_lens, apart.context_lens) == ([1] * 4, [8, 6, 7, 8])
+    assert (apart.num_tokens, apart.num_seqs, apart.max_query_len) == (4, 4, 1)
+
+    alone = apart.only(2)
+    assert (alone.token_ids.tolist(), alone.positions.tolist()) == ([107], [7])
+    assert (alone.seq_lens.tolist(), alone.block_tables.tolist()) == ([8], [[5, 2]])
+    assert (alone.query_start_loc.tolist(), alone.slot_mapping.tolist()) == ([0, 1], [47])
+    assert (alone.num_tokens, alone.num_seqs, alone.max_seq_len) == (1, 1, 8)
+    assert (alone.query_lens, alone.context_lens) == ([1], [7])
+
+
+def test_padding_has_no_rows():
+    decode = sequence(9, first=200, computed=8, table=[7, 4])
+    batch = Batch.from_plan(StepPlan(scheduled=[(decode, 1)]), block_size=8, padded_to=(3, 4))
+    assert batch.query_start_loc.tolist() == [0, 1, 1, 1]
+    assert (batch.seq_lens.tolist(), batch.slot_mapping.tolist()) == ([9, 0, 0], [32, -1, -1])

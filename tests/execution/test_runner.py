@@ -1,6 +1,7 @@
 """The runner turns plans into tokens: the same ones, however the scheduler cuts the work."""
 
 import copy
+import threading
 import weakref
 from itertools import chain
 
@@ -304,3 +305,26 @@ def test_load_gives_a_runner_that_fits_the_budget(tmp_path):
     for field in ("dtype", "device", "quantization"):
         with pytest.raises(InvalidField, match=f"{field}='int3'"):
             load(tmp_path / "qwen2", **{field: "int3"})
+
+
+def test_denormals_are_zero_on_every_thread_that_computes(tmp_path):
+    """Else it would depend on the thread, and so on what shares a step, what a row holds."""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor has no such setting")
+    save_reference("llama2", tmp_path)
+    settings = EngineConfig(model=tmp_path / "llama2", num_gpu_blocks_override=8, device="cpu")
+    found = []
+
+    def engine_thread() -> None:
+        torch.set_num_threads(2)
+        ModelRunner.load(tmp_path / "llama2", settings)
+        denormals = torch.full((1 << 20,), 1e-39) * 1.0
+        found.append(denormals.view(torch.int32).count_nonzero().item())
+
+    thread = threading.Thread(target=engine_thread)
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(1)
+    assert found == [0]

@@ -374,6 +374,31 @@ def test_a_row_of_a_real_vocabulary_gives_the_same_alone_and_in_a_batch():
         assert together.logprobs[i] == alone.logprobs[0]
 
 
+def test_row_by_row_gives_what_all_rows_at_once_give():
+    """As torch samples on a GPU where results must not depend on the batch."""
+    only_torch()
+    rows = mixed_rows(64)
+    rows.append(row(logprobs=1))
+    logits = torch.randn(65, VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    logits[64, 3] = torch.nan
+    sampler = Sampler(VOCAB, "cpu", batch_invariant=True)
+    together = sampler.sample(logits, rows)
+    sampler._one_by_one = True
+    found = sampler.sample(logits, rows)
+    assert found.token_ids == together.token_ids and found.logprobs == together.logprobs
+    assert found.errors.keys() == together.errors.keys() == {64}
+
+
+@needs_gpu
+@pytest.mark.parametrize("vocab_size", [1001, 49_153, 49_154, 50_000])
+def test_on_a_gpu_logprobs_do_not_depend_on_where_a_row_lies(vocab_size):
+    only_torch()
+    logits = torch.randn(9, vocab_size, device="cuda") * 3
+    together = top_logprobs(logits, 100)
+    for i in range(9):
+        assert top_logprobs(logits[i : i + 1].clone(), 100) == together[i : i + 1]
+
+
 def test_samples_of_one_row_differ_and_each_equals_its_own_later_draw():
     logits = torch.zeros(1, 1000)
     together = sample(logits, row(seed=4, samples=range(5), n=5)).token_ids[0]
@@ -411,6 +436,11 @@ def test_a_row_of_nan_infinity_or_nothing_fails_alone(params):
         alone = sample([logits[i]], rows[i])
         assert output.token_ids[i] == alone.token_ids[0]
         assert output.logprobs[i] == alone.logprobs[0]
+
+
+def test_a_row_of_nan_that_asks_for_logprobs_fails_without_company_too():
+    out = sample(torch.full((1, VOCAB), torch.nan), row(logprobs=2))
+    assert isinstance(out.errors[0], SamplingError) and out.logprobs == [None]
 
 
 def test_a_row_whose_every_allowed_token_is_masked_says_so():

@@ -42,10 +42,12 @@ def test_the_smaller_tiles_of_other_architectures_agree_too(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_row_is_the_same_alone_in_a_chunk_and_in_a_mixed_batch(
-    program: Program, dtype: torch.dtype, window: int | None
+    program: Program, dtype: torch.dtype, window: int | None, head_dim: int
 ) -> None:
-    made = prefill.make_case("", dtype, 64, 1, 3, 16, ((70, 0), (9, 5)), window=window)
+    """Alone in narrow tiles, otherwise in wide ones."""
+    made = prefill.make_case("", dtype, head_dim, 1, 3, 16, ((70, 0), (9, 5)), window=window)
     whole = made.make(torch.Generator(program.device).manual_seed(0))
     prefill.launch(program, **whole)
     for first, end in ((0, 1), (0, 33), (33, 70), (69, 70)):

@@ -33,20 +33,10 @@ def launch(
     Raises:
         ValueError: shapes do not fit, M is not 1 to 16, or K is no multiple of a 16-byte pack.
     """
-    num_rows, size_in = x.shape
-    size_out = weight.shape[0]
-    check_rows("x", x, num_rows, size_in)
-    check_dense("weight", weight, size_out, size_in)
-    check_dense("out", out, num_rows, size_out, alignment=out.element_size())
-    if bias is not None:
-        check_dense("bias", bias, size_out, alignment=bias.element_size())
-    if residual is not None:
-        check_dense("residual", residual, num_rows, size_out, alignment=out.element_size())
+    check_product(out, x, weight, bias, residual)
+    (num_rows, size_in), size_out = x.shape, weight.shape[0]
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"x has {num_rows} rows: gemv takes 1 to {MAX_ROWS}")
-    pack = PACK_BYTES // x.element_size()
-    if size_in % pack:
-        raise ValueError(f"K={size_in} of {x.dtype} must be a multiple of {pack}")
     arguments = (out, x, weight, bias, residual, num_rows, size_out, size_in, x.stride(0))
     count = multiprocessors(program.device)
     if x.dtype == torch.float32:
@@ -59,6 +49,24 @@ def launch(
     warps, tiles, blocks = shape(num_rows, size_out, count)
     kernel = program.kernel("gemv", x.dtype, warps, tiles, 1 if num_rows <= 8 else 2, blocks)
     kernel[-(-size_out // (8 * tiles)), warps * 32](*arguments)
+
+
+def check_product(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    """Raises `ValueError` unless these are the operands of a product, and K whole packs of 16
+    bytes."""
+    (num_rows, size_in), size_out = x.shape, weight.shape[0]
+    check_rows("x", x, num_rows, size_in)
+    check_dense("weight", weight, size_out, size_in)
+    check_dense("out", out, num_rows, size_out, alignment=out.element_size())
+    if bias is not None:
+        check_dense("bias", bias, size_out, alignment=bias.element_size())
+    if residual is not None:
+        check_dense("residual", residual, num_rows, size_out, alignment=out.element_size())
+    pack = PACK_BYTES // x.element_size()
+    if size_in % pack:
+        raise ValueError(f"K={size_in} of {x.dtype} must be a multiple of {pack}")
 
 
 SHAPES = ((8, 4, 2), (8, 2, 3), (8, 1, 5), (16, 4, 1))
@@ -119,17 +127,17 @@ def cases() -> Iterator[Case]:
             (8, 20, 4864),
             (16, 2, 264),
         ):
-            yield _case(dtype, rows, size_out, size_in, rows % 2 == 1, rows > 3)
+            yield case(dtype, rows, size_out, size_in, rows % 2 == 1, rows > 3)
     for rows, size_out, size_in in (
         *((7, 90, 72), (12, 74, 136), (9, 120, 200), (2, 120, 8)),  # every shape of a block
         *((2, 4600, 8), (12, 4600, 8), (7, 6140, 8), (2, 8190, 8), (12, 8190, 8)),  # of 132 SMs
     ):
-        yield _case(torch.bfloat16, rows, size_out, size_in, False, True)
+        yield case(torch.bfloat16, rows, size_out, size_in, False, True)
     for rows, size_out, size_in in ((1, 300, 132), (5, 300, 36), (2, 16900, 8)):  # eight to a warp
-        yield _case(torch.float32, rows, size_out, size_in, True, False)
+        yield case(torch.float32, rows, size_out, size_in, True, False)
 
 
-def _case(
+def case(
     dtype: torch.dtype,
     rows: int,
     size_out: int,
@@ -137,6 +145,8 @@ def _case(
     with_bias: bool,
     with_residual: bool,
 ) -> Case:
+    """Of that many rows of x and a weight `[size_out, size_in]`."""
+
     def make(generator: torch.Generator) -> Arguments:
         return {
             "out": poison(generator, dtype, rows, size_out),
@@ -155,9 +165,9 @@ def bench_cases() -> Iterator[Case]:
     hidden, mlp, vocabulary = 3584, 18944, 152064
     for rows in (1, 8, 16):
         for size_out, size_in in ((4608, hidden), (hidden, hidden), (2 * mlp, hidden)):
-            yield _case(torch.bfloat16, rows, size_out, size_in, False, False)
-        yield _case(torch.bfloat16, rows, hidden, mlp, False, False)
-        yield _case(torch.bfloat16, rows, vocabulary, hidden, False, False)
+            yield case(torch.bfloat16, rows, size_out, size_in, False, False)
+        yield case(torch.bfloat16, rows, hidden, mlp, False, False)
+        yield case(torch.bfloat16, rows, vocabulary, hidden, False, False)
 
 
 def tolerance(arguments: Arguments) -> Tolerance:
