@@ -56,8 +56,35 @@ export function fitCanvas(canvas, width, height) {
   return context;
 }
 
+const hatches = new Map(); // colour and pixel ratio to a tile
+
+// A fill of diagonal lines in a colour, on the screen's own pixels.
+export function hatch(context, colour) {
+  const ratio = window.devicePixelRatio || 1;
+  const key = `${colour} ${ratio}`;
+  let tile = hatches.get(key);
+  if (!tile) {
+    if (hatches.size > 256) hatches.clear(); // themes and zooms that are gone
+    const side = Math.round(5 * ratio);
+    tile = document.createElement("canvas");
+    tile.width = tile.height = side;
+    const lines = tile.getContext("2d");
+    lines.strokeStyle = colour;
+    lines.lineWidth = 1.1 * ratio;
+    for (const shift of [-side, 0, side]) {
+      lines.moveTo(shift - 1, side + 1);
+      lines.lineTo(shift + side + 1, -1);
+    }
+    lines.stroke();
+    hatches.set(key, tile);
+  }
+  const pattern = context.createPattern(tile, "repeat");
+  pattern.setTransform(new DOMMatrix().scale(1 / ratio));
+  return pattern;
+}
+
 // A function of a palette and an ink (the text's colour) that gives the palette's colours, each
-// mixed with ink until a thin line of it stands out from the page (WCAG's contrast 2.5, on a page
+// mixed with ink until a thin line of it stands out from the page (WCAG's contrast 3, on a page
 // that is taken for white when the ink is dark, and for near black when it is light).
 export function createLegible() {
   const probe = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -82,7 +109,7 @@ export function createLegible() {
     };
     const colours = palette.map((colour) => {
       let mixed = rgb(colour);
-      for (let i = 0; i < 8 && contrast(mixed) < 2.5; i++) {
+      for (let i = 0; i < 8 && contrast(mixed) < 3; i++) {
         mixed = mixed.map((c, k) => Math.round(c + 0.12 * (inkRgb[k] - c)));
       }
       return `rgb(${mixed.join(" ")})`;

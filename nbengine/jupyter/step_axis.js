@@ -33,10 +33,11 @@ export function defaultRange(steps, plotWidth) {
   return [from, from + span - 1];
 }
 
-// x(step): the left edge of its column, on a whole device pixel. stepAt(x): not clamped.
+// x(step): the left edge of its column, on a whole device pixel; where columns are narrower than a
+// CSS pixel, on one of those: finer, one could not tell them apart. stepAt(x): not clamped.
 export function createAxis([from, to], width) {
-  const ratio = window.devicePixelRatio || 1;
   const columnWidth = width / (to - from + 1);
+  const ratio = columnWidth < 1 ? 1 : window.devicePixelRatio || 1;
   return {
     from,
     to,

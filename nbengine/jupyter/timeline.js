@@ -25,7 +25,7 @@
 const LINE = 18; // a sequence's height, in CSS pixels
 const MIN_LINES = 6;
 const MAX_LINES = 18; // with more, lines scroll
-const SPARE_LINES = 8; // drawn above and below, so that scrolling does not show an edge
+const SPARE_LINES = 5; // drawn above and below, so that scrolling does not show an edge
 const RULER = 24;
 const MIN_SPAN = 8; // steps, at the closest zoom
 const FRAME_BUDGET_MS = 8; // for regrouping rows that came in
@@ -117,8 +117,6 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
   let brush = null; // {start, end} in pixels of the plot
   let isRowFollowing = true; // lines scroll with the running sequences until the user scrolls
   let scrolledTo = 0; // where we scrolled to
-  let hatchesFor = null;
-  let hatches = [];
   const labels = new Map(); // slot to {row, button, swatch, name, value}
   const lanes = createLanes();
   const ask = createAsker(onMissing);
@@ -361,39 +359,15 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     const context = fitCanvas(plot, axis.width, canvasHeight);
     const ink = getComputedStyle(plot).color;
     const colours = legible(palette, ink);
-    makeHatches(context, colours, ink);
+    const hatches = colours.map((colour) => hatch(context, colour));
     paintGround(context, canvasHeight, ink);
+    const edges = new Float64Array(axis.to - axis.from + 2);
+    for (let i = 0; i < edges.length; i++) edges[i] = axis.x(axis.from + i);
     for (let line = firstLine; line < endLine; line++) {
       const slot = slots[line];
-      paintLane(context, slot, line * LINE - top + LINE / 2, colourOf(slot), colours, ink);
+      paintLane(context, slot, line * LINE - top + LINE / 2, edges, colours[colourOf(slot)], hatches[colourOf(slot)], ink);
     }
     placeLabels(firstLine, endLine, colours);
-  }
-
-  // Diagonal lines in each colour, on the screen's own pixels.
-  function makeHatches(context, colours, ink) {
-    const ratio = window.devicePixelRatio || 1;
-    const key = `${ink} ${ratio}`;
-    if (hatchesFor === key) return;
-    hatchesFor = key;
-    const side = Math.round(5 * ratio);
-    const tile = document.createElement("canvas");
-    tile.width = tile.height = side;
-    const brushes = tile.getContext("2d");
-    hatches = colours.map((colour) => {
-      brushes.clearRect(0, 0, side, side);
-      brushes.strokeStyle = colour;
-      brushes.lineWidth = 1.1 * ratio;
-      brushes.beginPath();
-      for (const shift of [-side, 0, side]) {
-        brushes.moveTo(shift - 1, side + 1);
-        brushes.lineTo(shift + side + 1, -1);
-      }
-      brushes.stroke();
-      const pattern = context.createPattern(tile, "repeat");
-      pattern.setTransform(new DOMMatrix().scale(1 / ratio));
-      return pattern;
-    });
   }
 
   // Behind the lines: labels' guides, failed steps, steps that the page lacks.
@@ -426,50 +400,63 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
   }
 
   // One sequence. Entries of a kind that touch become one rectangle, so that a long life costs no
-  // more than a short one.
-  function paintLane(context, slot, middle, colour, colours, ink) {
-    const { columnWidth } = axis;
-    const gap = columnWidth >= 5 ? 1 : 0; // between the bars of neighbouring chunks
-    const waits = [];
-    const decodes = [];
-    const bars = []; // x, width, height
+  // more than a short one. `edges`: the axis's x of each step in view, and of the one after.
+  function paintLane(context, slot, middle, edges, colour, hatching, ink) {
+    const gap = axis.columnWidth >= 5 ? 1 : 0; // between the bars of neighbouring chunks
     const marks = []; // x, code
     const lastMark = [];
-    const extend = (runs, x, end) => {
-      const n = runs.length;
-      if (n && x <= runs[n - 1]) runs[n - 1] = Math.max(runs[n - 1], end);
-      else runs.push(x, end);
-    };
-    lanes.each(slot, axis.from, Math.min(axis.to, data.steps.last), (step, code, n, budget) => {
-      const x = axis.x(step);
-      const end = Math.max(axis.x(step + 1), x + 1);
-      if (code === DECODE) extend(decodes, x, end);
-      else if (code === WAIT) extend(waits, x, end);
-      else if (code === PREFILL) {
-        const height = 5 + (LINE - 8) * Math.min(1, n / budget);
-        const at = bars.length - 3;
-        if (at >= 0 && bars[at] === x) bars[at + 2] = Math.max(bars[at + 2], height);
-        else bars.push(x, Math.max(1, end - x - gap), height);
-      } else {
-        // Events are what one looks for, so they stay at any zoom; but not ten on one spot.
-        const at = code === FINISHED ? end : x;
-        if (lastMark[code] !== undefined && at - lastMark[code] < 3) return;
-        lastMark[code] = at;
-        marks.push(at, code);
+    const waits = new Path2D();
+    const solid = new Path2D();
+    // The rectangles that may still grow: of waiting, of decoding, of prefill.
+    let [waitX, waitEnd, decodeX, decodeEnd, barX, barEnd, barHeight] = [0, 0, 0, 0, 0, 0, 0];
+    const flushBar = () => barEnd > barX && solid.rect(barX, middle - barHeight / 2, barEnd - barX - gap, barHeight);
+    const flushDecode = () => decodeEnd > decodeX && solid.rect(decodeX, middle - 1.5, decodeEnd - decodeX, 3);
+    const flushWait = () => waitEnd > waitX && waits.rect(waitX, middle - 4, waitEnd - waitX, 8);
+    for (const { base, at, what, budgets, start, end } of lanes.spans(slot, axis.from, Math.min(axis.to, data.steps.last))) {
+      for (let i = start; i < end; i++) {
+        const column = base + at[i] - axis.from;
+        const x = edges[column];
+        const right = Math.max(edges[column + 1], x + 1);
+        const code = codeOf(what[i]);
+        if (code === DECODE) {
+          if (x > decodeEnd) {
+            flushDecode();
+            decodeX = x;
+          }
+          decodeEnd = right;
+        } else if (code === WAIT) {
+          if (x > waitEnd) {
+            flushWait();
+            waitX = x;
+          }
+          waitEnd = right;
+        } else if (code === PREFILL) {
+          const height = 5 + (LINE - 8) * Math.min(1, countOf(what[i]) / budgets[at[i]]);
+          if (x < barEnd) barHeight = Math.max(barHeight, height); // the same pixel
+          else if (gap || x > barEnd || height !== barHeight) {
+            flushBar();
+            [barX, barHeight] = [x, height];
+          }
+          barEnd = right;
+        } else {
+          // Events are what one looks for, so they stay at any zoom; but not ten on one spot.
+          const spot = code === FINISHED ? right : x;
+          if (lastMark[code] !== undefined && spot - lastMark[code] < 3) continue;
+          lastMark[code] = spot;
+          marks.push(spot, code);
+        }
       }
-    });
-    context.fillStyle = hatches[colour];
+    }
+    flushBar();
+    flushDecode();
+    flushWait();
     context.globalAlpha = 0.85;
-    context.beginPath();
-    for (let i = 0; i < waits.length; i += 2) context.rect(waits[i], middle - 4, waits[i + 1] - waits[i], 8);
-    context.fill();
+    context.fillStyle = hatching;
+    context.fill(waits);
     context.globalAlpha = 1;
-    context.fillStyle = colours[colour];
-    context.beginPath();
-    for (let i = 0; i < decodes.length; i += 2) context.rect(decodes[i], middle - 1.5, decodes[i + 1] - decodes[i], 3);
-    for (let i = 0; i < bars.length; i += 3) context.rect(bars[i], middle - bars[i + 2] / 2, bars[i + 1], bars[i + 2]);
-    context.fill();
-    for (let i = 0; i < marks.length; i += 2) paintMark(context, marks[i + 1], marks[i], middle, colours[colour], ink);
+    context.fillStyle = colour;
+    context.fill(solid);
+    for (let i = 0; i < marks.length; i += 2) paintMark(context, marks[i + 1], marks[i], middle, colour, ink);
   }
 
   // An event. It is cut out of what lies below it, which fits a page of any colour.
@@ -627,7 +614,12 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
 
   function laneFacts(slot, step, last) {
     const totals = new Map();
-    lanes.each(slot, step, last, (_, code, n) => totals.set(code, (totals.get(code) ?? 0) + n));
+    for (const { what, start, end } of lanes.spans(slot, step, last)) {
+      for (let i = start; i < end; i++) {
+        const code = codeOf(what[i]);
+        totals.set(code, (totals.get(code) ?? 0) + countOf(what[i]));
+      }
+    }
     if (!totals.size) return "nothing";
     return [...totals].map(([code, n]) => DETAILS[code]?.(n) ?? entryText(code, n)).join(", ");
   }

@@ -16,7 +16,7 @@ from nbengine.jupyter.block_map import PALETTE
 from tests.browser.lab import REPOSITORY
 
 JUPYTER = REPOSITORY / "nbengine" / "jupyter"
-MODULES = ("redraw.js", "step_axis.js", "lanes.js", "timeline.js")
+MODULES = ("redraw.js", "step_axis.js", "lanes.js", "timeline.js", "charts.js")
 PAGE = f"""\
 <!doctype html><meta charset="utf-8">
 <link rel="stylesheet" href="/timeline.css">
@@ -192,7 +192,7 @@ def test_the_widgets_files_join_into_one_module(page: Any, view: ViewPage) -> No
     )
     serve(page, "/joined.js", "text/javascript", joined)
     names = page.evaluate("import('/joined.js').then((module) => Object.keys(module))")
-    assert {"createBlockMap", "createTimeline", "default"} <= set(names)
+    assert {"createBlockMap", "createTimeline", "createCharts", "default"} <= set(names)
 
 
 def test_before_the_first_step_it_says_so(view: ViewPage) -> None:
@@ -549,12 +549,13 @@ def test_it_fits_its_container_and_the_screens_pixels(view: ViewPage) -> None:
     ) == view.page.evaluate("devicePixelRatio")
 
 
-def test_a_destroyed_view_draws_no_more(view: ViewPage) -> None:
-    view.show("made.makeSteps({ numSteps: 200 })")
+@pytest.mark.parametrize("create", ["createTimeline", "createCharts"])
+def test_a_destroyed_view_draws_no_more(view: ViewPage, create: str) -> None:
+    view.show("made.makeSteps({ numSteps: 200 })", create)
     num_frames = view.page.evaluate(
         """async () => {
           const { element } = window.view;
-          const plot = element.querySelector("[tabindex='0']");
+          const plot = element.querySelector(".nbe-tl-plot, .nbe-ch-plot");
           window.view.update(window.data);
           window.view.destroy();
           const wasTaken = !element.isConnected;
@@ -574,3 +575,141 @@ def test_a_destroyed_view_draws_no_more(view: ViewPage) -> None:
     )
     assert num_frames == 0
     assert view.calls("cursor") == []
+
+
+# ---------------------------------------------------------------- charts
+
+
+def labels(view: ViewPage) -> dict[str, str]:
+    """What a screen reader hears of each chart, by its title."""
+    charts = view.page.get_by_role("img").evaluate_all(
+        "(all) => all.map((canvas) => canvas.getAttribute('aria-label'))"
+    )
+    return {label.partition(" at ")[0].partition(":")[0]: label for label in charts}
+
+
+def rows(**steps: dict[str, Any]) -> str:
+    """Steps of 0.1 s each, with fields of some set: `s1={"numSampled": 2}`."""
+    given = {int(name[1:]): fields for name, fields in steps.items()}
+    empty: dict[int, list[Any]] = {step: [] for step in range(max(given) + 1)}
+    return f"handMade({json.dumps(empty)}, {json.dumps(given)})"
+
+
+def test_charts_without_steps_say_so(view: ViewPage) -> None:
+    view.show("{ steps: null, names: new Map() }", "createCharts")
+    assert labels(view)["Output"] == "Output: no step yet"
+    assert view.page.locator(".nbe-ch-values").first.inner_text() == "–"
+
+
+def test_charts_tell_the_values_at_the_cursor(view: ViewPage) -> None:
+    at_two = {"numHeld": 12, "numCached": 5, "numFree": 3, "numRunning": 4, "numWaiting": 7}
+    view.show(f"{{ ...{rows(s2=at_two, s3={})}, cursor: 2 }}", "createCharts")
+    found = labels(view)
+    assert found["KV blocks"] == "KV blocks at step 2: 60% held, 25% cached, 15% free"
+    assert found["Queues"] == "Queues at step 2: 4 running, 7 waiting"
+    assert found["Prefix hits"] == "Prefix hits at step 2: of tokens looked up unknown"
+    view.update("window.data.cursor = null")
+    assert labels(view)["Queues"] == "Queues at step 3: 2 running, 1 waiting"
+
+
+def figures(view: ViewPage, data: str, name: str, first: int, last: int) -> list[float | None]:
+    values = view.page.evaluate(
+        f"[...views.stepFigures(({data}).steps, {first}, {last}).{name}]"
+        ".map((value) => (Number.isNaN(value) ? null : +value.toFixed(6)))"
+    )
+    return list(values)
+
+
+def test_a_rate_is_of_the_tokens_of_half_a_second(view: ViewPage) -> None:
+    eighths = {
+        f"s{step}": {"numSampled": 2 if step < 4 else 6, "time": step / 8, "seconds": 1 / 8}
+        for step in range(8)
+    }
+    data = rows(**eighths)
+    # Four steps are half a second: 2 tokens in each of the first four, then 6 in place of 2.
+    assert figures(view, data, "output", 0, 7) == [16, 16, 16, 16, 24, 32, 40, 48]
+    assert figures(view, data, "output", 6, 7) == [40, 48], "steps before those in view count"
+
+
+def test_a_pause_and_missing_rows_are_no_part_of_a_rate(view: ViewPage) -> None:
+    paused = rows(
+        s0={"numSampled": 2}, s1={"numSampled": 3, "time": 60.0}, s2={"numSampled": 5, "time": 60.1}
+    )
+    assert figures(view, paused, "output", 0, 2) == [20, 30, 40]
+    lacking = {0: [[0, 2, 1]], 1: None, 2: [[0, 2, 1], [1, 2, 1]]}
+    assert figures(view, f"handMade({json.dumps(lacking)})", "output", 0, 2) == [10, None, 20]
+
+
+def test_prefill_counts_what_was_computed_and_not_what_was_found(view: ViewPage) -> None:
+    steps = {0: [[0, 6, 16], [0, 1, 40], [1, 2, 1], [2, 3, 99]], 1: [[0, 1, 20], [1, 2, 1]]}
+    assert figures(view, f"handMade({json.dumps(steps)})", "prefill", 0, 1) == [400, 300]
+
+
+def test_a_hit_rate_is_of_the_lookups_of_the_last_steps(view: ViewPage) -> None:
+    data = rows(
+        s0={"numHitTokens": 30, "numLookedUp": 60},
+        s2={"numHitTokens": 0, "numLookedUp": 60},
+        s129={"numHitTokens": 0, "numLookedUp": 0},
+        s140={},
+    )
+    assert figures(view, data, "hitRate", 0, 2) == [0.5, 0.5, 0.25]
+    # 128 steps: step 128 no more knows step 0, and step 130 knows none.
+    assert figures(view, data, "hitRate", 127, 130) == [0.25, 0, 0, None]
+
+
+def test_a_click_in_a_chart_moves_the_cursor_and_the_pointer_reads_values_off(
+    view: ViewPage,
+) -> None:
+    counts = {f"s{step}": {"numRunning": step, "numWaiting": 0} for step in range(30)}
+    view.show(rows(**counts), "createCharts")
+    box = view.page.locator(".nbe-ch-plot").last.bounding_box()
+    column = box["width"] / (int(box["width"]) // 8)
+    view.page.mouse.move(box["x"] + 12.5 * column, box["y"] + 10)
+    view.settle()
+    assert labels(view)["Queues"] == "Queues at step 12: 12 running, 0 waiting"
+    assert view.page.locator(".nbe-ch-chip").inner_text() == "step 12"
+    view.page.mouse.down()
+    view.settle()
+    view.page.mouse.move(box["x"] + 80 * column, box["y"] + 10)
+    view.page.mouse.up()
+    view.settle()
+    assert view.calls("cursor") == [[12], [None]]
+    view.page.mouse.move(box["x"] - 50, box["y"] + 10)
+    view.settle()
+    assert labels(view)["Queues"] == "Queues at step 29: 29 running, 0 waiting"
+
+
+def test_charts_show_the_timelines_range_with_the_cursor_on_the_same_pixel(view: ViewPage) -> None:
+    def cursor_centre(mark: str) -> float:
+        box = view.page.locator(mark).bounding_box()
+        return float(box["x"] + box["width"] / 2)
+
+    data = "{ ...made.makeSteps({ numSteps: 300 }), cursor: 250 }"
+    for zoomed in (False, True):
+        view.show(data)
+        if zoomed:
+            view.press("+", "+")
+        first, last = view.calls("range")[-1]
+        timeline = cursor_centre(".nbe-tl-cursor")
+        view.show(f"{{ ...{data}, range: [{first}, {last}] }}", "createCharts")
+        assert view.calls("missing") == []
+        assert abs(cursor_centre(".nbe-ch-cursor") - timeline) <= 0.5
+
+
+def test_charts_ask_for_rows_that_the_page_lacks(view: ViewPage) -> None:
+    lives = {step: None if step in (3, 4) else [[0, 2, 1]] for step in range(20)}
+    view.show(f"handMade({json.dumps(lives)})", "createCharts")
+    view.update("")
+    assert view.calls("missing") == [[3, 4]]
+
+
+def test_charts_are_drawn_and_drawn_anew_in_another_theme(view: ViewPage) -> None:
+    view.show("made.makeSteps({ numSteps: 200, rate: 0.13 })", "createCharts")
+    for canvas in view.page.locator(".nbe-ch-plot").all():
+        assert canvas.evaluate(COLOURS) > 4
+    plot = view.page.locator(".nbe-ch-plot").first
+    before = plot.evaluate("(canvas) => canvas.toDataURL()")
+    view.page.evaluate("document.body.className = 'dark'")
+    view.page.wait_for_function(
+        "(before) => document.querySelector('.nbe-ch-plot').toDataURL() !== before", arg=before
+    )
