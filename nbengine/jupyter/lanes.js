@@ -73,6 +73,7 @@ export function createLanes() {
     // was enough; if not, call again.
     sync(steps, from, to, milliseconds = Infinity) {
       const deadline = performance.now() + milliseconds;
+      let hasRegrouped = false; // one chunk at least, so that calls come to an end
       for (let index = Math.floor(to / CHUNK); index >= Math.floor(from / CHUNK); index--) {
         const base = index * CHUNK;
         let chunk = chunks.get(index);
@@ -89,7 +90,8 @@ export function createLanes() {
           chunk.isStale = true;
         }
         if (!chunk.isStale) continue;
-        if (performance.now() > deadline) return false;
+        if (hasRegrouped && performance.now() > deadline) return false;
+        hasRegrouped = true;
         regroup(chunk);
         for (const [slot, lane] of chunk.lanes) {
           const step = base + chunk.at[lane.start];

@@ -141,6 +141,12 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     return [from, from + span - 1];
   }
 
+  // What else the user does before the next frame is meant on the new axis.
+  function zoomed() {
+    axis = createAxis(range(), layout.plotWidth);
+    stale();
+  }
+
   // Show `span` steps, with the step at `x` (in pixels of the plot) staying where it is.
   function zoomTo(span, x) {
     const { steps } = data;
@@ -153,7 +159,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     const showsNewest = Math.round(zoom.from + zoom.span) > steps.last;
     if (zoom.span >= total) zoom.span = Infinity;
     if (cursor === null && showsNewest) zoom.from = null;
-    stale();
+    zoomed();
   }
 
   function zoomBy(factor, x) {
@@ -169,7 +175,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     const after = clamp(before + numSteps, steps.first, newest);
     if (after === before) return false;
     zoom.from = cursor === null && after === newest ? null : after;
-    stale();
+    zoomed();
     return true;
   }
 
@@ -714,7 +720,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     else if (to >= from) {
       zoom.span = Math.max(MIN_SPAN, to - from + 1);
       zoom.from = (from + to + 1 - zoom.span) / 2;
-      stale();
+      zoomed();
     }
   });
 
@@ -815,6 +821,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     element,
     update(next) {
       data = next;
+      if (!hasSteps(next.steps)) axis = null; // nothing to point at
       selected = next.selected ?? null;
       // What the user does now is newer than what the owner heard of.
       if (wanted === undefined && gesture !== "scrub") {

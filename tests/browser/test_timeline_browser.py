@@ -30,6 +30,8 @@ PAGE = f"""\
 import * as views from "/views.js";
 import * as made from "/made_up_steps.js";
 
+const palette = {json.dumps(PALETTE)};
+
 // steps: {{"41": [[slot, code, n], ...], ...}}, or null for a row that the page lacks
 function handMade(steps, fields = {{}}) {{
   const rows = new Map();
@@ -60,7 +62,7 @@ function show(create, data) {{
     view.update(window.data);
   }};
   window.view = views[create]({{
-    palette: {json.dumps(PALETTE)},
+    palette,
     onCursor: owner("cursor", (step) => (window.data.cursor = step)),
     onSelect: owner("select", (id) => (window.data.selected = id)),
     onRange: owner("range"),
@@ -69,7 +71,7 @@ function show(create, data) {{
   document.querySelector("#host").replaceChildren(view.element);
   view.update(window.data);
 }}
-Object.assign(window, {{ views, made, handMade, show, isReady: true }});
+Object.assign(window, {{ palette, views, made, handMade, show, isReady: true }});
 </script>
 """
 
@@ -161,6 +163,14 @@ def page(browser: Any) -> Iterator[Any]:
     page.set_default_timeout(10_000)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
+    serve_views(page)
+    yield page
+    page.close()
+    assert errors == []
+
+
+def serve_views(page: Any) -> None:
+    """Open the bare page in a page of a browser, with the modules as `views` and `made`."""
     views = "\n".join((JUPYTER / name).read_text("utf-8") for name in MODULES)
     serve(page, "/", "text/html", PAGE)
     serve(page, "/views.js", "text/javascript", views)
@@ -169,9 +179,6 @@ def page(browser: Any) -> Iterator[Any]:
     serve(page, "/made_up_steps.js", "text/javascript", made_up)
     page.goto("http://views.test/")
     page.wait_for_function("window.isReady")
-    yield page
-    page.close()
-    assert errors == []
 
 
 def serve(page: Any, path: str, kind: str, body: str) -> None:
@@ -204,6 +211,9 @@ def test_before_the_first_step_it_says_so(view: ViewPage) -> None:
     view.update(f"Object.assign(window.data, handMade({json.dumps(LIVES)}))")
     assert not view.page.locator(".nbe-tl-empty").is_visible()
     assert view.plot.get_attribute("aria-valuenow") == "43"
+    view.page.evaluate("view.update({ ...window.data, steps: null })")
+    view.press("ArrowLeft", "+")
+    assert view.names() == [] and view.value_text() == "no step yet"
 
 
 def test_the_cursors_step_is_told_in_words_and_beside_each_sequence(view: ViewPage) -> None:
@@ -391,6 +401,23 @@ def test_plus_and_minus_zoom_around_the_cursor(view: ViewPage) -> None:
     view.press(*["+"] * 20)
     first, last = view.calls("range")[-1]
     assert last - first + 1 == 8 and first <= 500 <= last
+
+
+def test_keys_faster_than_frames_zoom_as_slow_ones_do(view: ViewPage) -> None:
+    ranges = []
+    for is_fast in (False, True):
+        view.show("{ ...made.makeSteps({ numSteps: 1000 }), cursor: 500 }")
+        if is_fast:
+            view.page.evaluate(
+                """for (const key of "++-") {
+                  document.querySelector(".nbe-tl-plot").dispatchEvent(new KeyboardEvent("keydown", { key }));
+                }"""
+            )
+            view.settle()
+        else:
+            view.press("+", "+", "-")
+        ranges.append(view.calls("range")[-1])
+    assert ranges[0] == ranges[1]
 
 
 def wheel(view: ViewPage, column: float, **event: Any) -> bool:
