@@ -14,7 +14,10 @@ import traitlets
 from nbengine.jupyter.block_map import PALETTE
 
 _HERE = Path(__file__).parent
-_PARTS = ("dom", "store", "block_map", "timeline", "charts", "queues", "dashboard")
+_PARTS = (
+    *("dom", "store", "block_map", "redraw", "step_axis", "lanes", "timeline", "charts"),
+    *("queues", "dashboard"),
+)
 
 
 def module(*names: str) -> str:

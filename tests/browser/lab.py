@@ -140,6 +140,20 @@ class NotebookPage:
             index,
         )
 
+    def evaluate(self, expression: str) -> str:
+        """The repr of an expression in the kernel, without a cell."""
+        return self.page.evaluate(
+            """async (expression) => {
+              const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+              const future = kernel.requestExecute({
+                code: "", silent: true, store_history: false, user_expressions: { it: expression },
+              });
+              const reply = await future.done;
+              return reply.content.user_expressions.it.data["text/plain"];
+            }""",
+            expression,
+        )
+
     def interrupt(self) -> None:
         """The stop button."""
         self.page.evaluate("window.jupyterapp.commands.execute('notebook:interrupt-kernel')")

@@ -49,6 +49,10 @@ class DashboardPage:
     def step(self) -> int:
         return int(self.root.get_attribute("data-step"))
 
+    def kernel(self, expression: str) -> str:
+        """What an expression is in the kernel, as `repr` shows it."""
+        return self.notebook.evaluate(expression)
+
     def wait(self, condition: str) -> None:
         """Until a JavaScript condition on the root's data (`d`) holds."""
         self.page.wait_for_function(
@@ -78,8 +82,8 @@ def test_it_shows_the_queues_the_blocks_and_their_names_to_screen_readers(
     requests = root.get_by_role("region", name="Requests")
     assert "req-0" in requests.inner_text()
     assert "48 free of 48 blocks" in root.inner_text()
-    label = root.get_by_role("img", name="KV blocks").get_attribute("aria-label")
-    assert label.startswith("KV blocks: 0 held")
+    blocks = root.get_by_role("region", name="KV blocks").get_by_role("img")
+    assert blocks.get_attribute("aria-label").startswith("KV blocks: 0 held")
 
 
 def test_step_takes_one_step_and_the_other_ten(dashboard: DashboardPage) -> None:
@@ -112,6 +116,75 @@ def test_the_block_map_is_drawn_and_tells_about_a_block(dashboard: DashboardPage
     tokens.get_by_text("16 tokens").wait_for()
     dashboard.page.keyboard.press("Enter")
     tokens.wait_for(state="hidden")
+
+
+def test_the_cursor_scrubs_through_history_and_drives_every_view(dashboard: DashboardPage) -> None:
+    slider = dashboard.root.get_by_role("slider")
+    slider.focus()
+    dashboard.page.keyboard.press("Home")
+    dashboard.wait("+d.shown === 1")
+    card = dashboard.root.get_by_role("region", name="Step inspector")
+    card.get_by_text("Step 1", exact=True).wait_for()
+    assert "other admitted" in card.inner_text()
+    requests = dashboard.root.get_by_role("region", name="Requests")
+    assert "40 + 1" in requests.inner_text() and "40 + 2" not in requests.inner_text()
+    dashboard.page.keyboard.press("ArrowRight")
+    dashboard.wait("+d.shown === 2")
+    requests.get_by_text("40 + 2").first.wait_for()
+    assert "other admitted" not in card.inner_text()
+    assert dashboard.step == 11, "the engine was not touched"
+    assert dashboard.kernel("engine.scheduler.step_count") == "11"
+    dashboard.page.keyboard.press("Escape")
+    dashboard.wait("+d.shown === 11")
+
+
+def test_a_selected_request_lights_its_table(dashboard: DashboardPage) -> None:
+    row = dashboard.root.get_by_role("region", name="Requests").get_by_role(
+        "button", name="req-0", exact=True
+    )
+    row.click()
+    dashboard.page.wait_for_selector(".nbe-requests tr.nbe-selected")
+    assert row.get_attribute("aria-pressed") == "true"
+    row.click()
+    dashboard.page.wait_for_selector(".nbe-requests tr.nbe-selected", state="detached")
+
+
+def test_rewind_goes_to_the_cursor_and_drops_what_came_after(dashboard: DashboardPage) -> None:
+    rewind = dashboard.root.get_by_role("button", name="Rewind to cursor")
+    assert rewind.is_disabled(), "the cursor is on the newest step"
+    dashboard.root.get_by_role("slider").focus()
+    for _ in range(3):
+        dashboard.page.keyboard.press("ArrowLeft")
+    dashboard.wait("+d.shown === 8")
+    rewind.click()
+    dashboard.wait("+d.step === 8 && +d.shown === 8")
+    assert dashboard.kernel("engine.scheduler.step_count") == "8"
+    assert "preempted" in dashboard.root.get_by_role("region", name="Requests").inner_text()
+    dashboard.click("Step ×10")
+    dashboard.wait("+d.step === 18")
+
+
+def test_policy_and_budget_are_changed_while_it_runs(dashboard: DashboardPage) -> None:
+    dashboard.root.get_by_role("combobox", name="Policy").select_option("sjf")
+    budget = dashboard.root.get_by_role("spinbutton", name="Token budget")
+    budget.fill("32")
+    budget.press("Tab")
+    dashboard.wait("+d.answered >= 2")
+    state = "type(engine.scheduler.policy).__name__, engine.scheduler.config.max_num_batched_tokens"
+    dashboard.page.wait_for_timeout(200)
+    assert dashboard.kernel(state) == "('ShortestJobFirst', 32)"
+    budget.fill("999999")
+    budget.press("Tab")
+    dashboard.root.get_by_role("alert").get_by_text("the engine was started with 2048").wait_for()
+    dashboard.root.get_by_role("combobox", name="Policy").select_option("fcfs")
+    dashboard.root.get_by_role("alert").wait_for(state="hidden")
+
+
+def test_run_until_stops_where_it_happens(dashboard: DashboardPage) -> None:
+    dashboard.root.get_by_role("combobox", name="Run until").select_option("eviction")
+    dashboard.wait("d.running === 'true'")
+    dashboard.click("Pause")
+    dashboard.wait("d.running === 'false'")
 
 
 def test_buttons_answer_while_the_engine_runs(dashboard: DashboardPage) -> None:
