@@ -43,7 +43,7 @@ def events_of(records: Iterable[StepRecord]) -> list[Event]:
     for record in records:
         timeline.draw(record)
     timeline.close()
-    timeline.events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
+    timeline.events.sort(key=lambda event: event["ts"])  # stable: a step before its phases
     return [*timeline.names, *timeline.events]
 
 
@@ -107,7 +107,7 @@ class _Timeline:
         for request in record.added:
             arrived = begin
             if self._is_timed:
-                arrived = min(begin, max(self._end, self._ns(request.arrival_time)))
+                arrived = min(begin, self._ns(request.arrival_time))
             self._open(request.request_id, "waiting", arrived)
         self._draw_events(record, begin)
         self._draw_states(record, begin)
