@@ -284,8 +284,8 @@ TestPoolAndCache.settings = settings(max_examples=150, stateful_step_count=40, d
 def test_host_blocks_are_handed_out_lowest_first_whatever_came_before():
     pool = HostPool(6, 16)
     first, second = pool.allocate(2), pool.allocate(2)
-    pool.release(second)
     pool.release(first)
+    pool.release(second)
     assert (first, second) == ([0, 1], [2, 3])
     assert pool.allocate(5) == [0, 1, 2, 3, 4]
     pool.check_integrity()
