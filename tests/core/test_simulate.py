@@ -124,6 +124,18 @@ class TestFork:
             *("preempted by fork", "preempted by swap", "preempted by recompute", "refused"),
         }
 
+    def test_whatever_failed_in_truth_the_fork_goes_on_to_its_end(self):
+        """Steps that failed, sequences that ended in error, rewinds: none of it happens again."""
+        num_errors = 0
+        for seed in range(80):
+            life = Life(seed).run()
+            k = Random(seed).randrange(len(life.history))
+            forked = fork(life.history, k, life.config, "fcfs", max_steps=10_000)
+            assert forked.end == "finished", seed
+            assert not any(record.error for record in forked)
+            num_errors += sum(f.reason == "error" for r in forked for f in r.finished)
+        assert num_errors, "a sequence that failed ends in error where its tokens do"
+
     def test_a_fork_leaves_the_run_that_it_was_made_from_alone(self, recorded):
         b = recorded(num_blocks=10)
         b.add(80, max_tokens=30)
