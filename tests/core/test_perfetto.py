@@ -54,7 +54,7 @@ def track(events, name):
         for event in events
         if event["name"] == "thread_name" and event["pid"] == 2 and event["args"]["name"] == name
     }
-    own = [event for event in events if (event["pid"], event["tid"]) == (2, tid)]
+    own = [event for event in events if (event["pid"], event.get("tid")) == (2, tid)]
     slices = [(e["name"], e["ts"] / 1000, e["dur"] / 1000) for e in own if e["ph"] == "X"]
     return slices, [(e["name"], e["ts"] / 1000) for e in own if e["ph"] == "i"]
 
