@@ -581,6 +581,11 @@ class TestStepTime:
         assert fitted == pytest.approx((0.2, 0.01))
         assert fitted.of(100) == pytest.approx(1.2)
 
+    def test_a_first_step_that_compiles_moves_it_little(self, bench):
+        steps = [(tokens, 0.2 + 0.01 * tokens) for tokens in (1, 2, 3, 4, 5, 60, 60) * 3]
+        fitted = StepTime.fit(self.records(bench, (60, 30.0), *steps))
+        assert fitted == pytest.approx((0.2, 0.01), rel=0.01)
+
     def test_neither_number_is_below_zero(self, bench):
         assert StepTime.fit(self.records(bench, (10, 0.4), (20, 0.2))) == pytest.approx((0.3, 0))
         assert StepTime.fit(self.records(bench, (10, 0.1), (30, 0.9)))[0] == 0
