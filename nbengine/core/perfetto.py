@@ -43,7 +43,7 @@ def events_of(records: Iterable[StepRecord]) -> list[Event]:
     for record in records:
         timeline.draw(record)
     timeline.close()
-    timeline.events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
+    timeline.events.sort(key=lambda event: event["ts"])  # stable: a step before its phases
     return [*timeline.names, *timeline.events]
 
 
@@ -107,7 +107,7 @@ class _Timeline:
         for request in record.added:
             arrived = begin
             if self._is_timed:
-                arrived = min(begin, max(self._end, self._ns(request.arrival_time)))
+                arrived = min(begin, self._ns(request.arrival_time))
             self._open(request.request_id, "waiting", arrived)
         self._draw_events(record, begin)
         self._draw_states(record, begin)
@@ -205,7 +205,7 @@ class _Timeline:
         if before := self.tracks.pop(seq_id, None):  # the records do not tell how it ended
             self._state(before, "", at)
         self._num_tracks += 1
-        tid = self._num_tracks
+        tid = _REQUESTS + self._num_tracks  # the viewers want no thread twice, in no process
         self._name("thread_name", seq_id, _REQUESTS, tid)
         self.names.append(_metadata("thread_sort_index", _REQUESTS, tid, sort_index=tid))
         track = self.tracks[seq_id] = _Track(tid, state, at)
@@ -238,18 +238,19 @@ class _Timeline:
         tid: int,
         args: dict[str, Any] | None = None,
     ) -> None:
-        event: Event = {"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": begin / 1000}
-        event["dur"] = (end - begin) / 1000
-        self.events.append(event | ({"args": args} if args else {}))
+        self._event("X", name, begin, args, pid=pid, tid=tid, dur=(end - begin) / 1000)
 
     def _instant(self, name: str, at: int, pid: int, tid: int, **args: Any) -> None:
-        event: Event = {"ph": "i", "s": "t", "name": name, "pid": pid, "tid": tid, "ts": at / 1000}
-        self.events.append(event | ({"args": args} if args else {}))
+        self._event("i", name, at, args, pid=pid, tid=tid, s="t")  # of this one thread
 
     def _counter(self, name: str, at: int, **values: int) -> None:
-        self.events.append(
-            {"ph": "C", "name": name, "pid": _STEPS, "tid": 0, "ts": at / 1000, "args": values}
-        )
+        self._event("C", name, at, values, pid=_STEPS)
+
+    def _event(
+        self, kind: str, name: str, at: int, args: dict[str, Any] | None, **fields: Any
+    ) -> None:
+        event = {"ph": kind, "cat": "nbengine", "name": name, "ts": at / 1000, **fields}
+        self.events.append({**event, "args": args} if args else event)
 
 
 def _metadata(kind: str, pid: int, tid: int, **args: Any) -> Event:

@@ -461,8 +461,8 @@ class Scheduler:
         journal = self._journal
         while (seq := self._head()) is not None:
             wanted = seq.num_uncomputed_tokens
-            if journal.preempted and plan.scheduled:
-                behind = journal.preempted[-1].in_favour_of
+            if plan.scheduled and journal.preempted and journal.preempted[-1].num_blocks:
+                behind = journal.preempted[-1].in_favour_of  # for want of blocks, in this step
                 journal.waits.append(Wait(seq.seq_id, Cause.PREEMPTION, wanted, 0, behind=behind))
                 return
             seats = 1 + seq.pending_forks

@@ -133,19 +133,13 @@ class Script:
         self._read_results(record)
 
     def _abort(self, aborted: list[Finish], record: StepRecord) -> None:
-        """Take one request's aborted sequences, which follow each other, from the list."""
+        """Take the next aborted sequence from the list: the first of its request, or another one,
+        which changes nothing any more."""
         finish = aborted.pop(0)
-        name = finish.seq_id.partition("#")[0]
-        part = self._live.get(name)
-        if part is None:
-            self.unknown.add(name)
-            return
-        self.events.append(Event(record.step, record.time, "abort", part))
-        while True:
+        if found := self._part_of(finish.seq_id):
+            part, _ = found
+            self.events.append(Event(record.step, record.time, "abort", part))
             self._end(part, finish, record, has_token=False)
-            if not aborted or aborted[0].seq_id not in part.unfinished:
-                break
-            finish = aborted.pop(0)
 
     def _read_results(self, record: StepRecord) -> None:
         for seq_id, candidates in record.candidates.items():

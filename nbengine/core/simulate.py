@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nbengine.core.history import History
@@ -52,8 +53,9 @@ class StepTime(NamedTuple):
 
     @classmethod
     def fit(cls, records: Iterable[StepRecord]) -> StepTime:
-        """The line nearest to what the steps of `records` took (least squares, neither number
-        below 0). Steps that failed, or computed nothing, do not count.
+        """The line nearest to what the steps of `records` took, neither number below 0. Steps that
+        failed, or computed nothing, do not count; and a slow one among many (the first, which
+        compiles) moves it little, because distances are added up and not their squares.
 
         Raises:
             InvalidField: no step of them has a time.
@@ -61,19 +63,29 @@ class StepTime(NamedTuple):
         points = [(r.num_tokens, r.phases.total) for r in records if r.scheduled and not r.error]
         if not any(seconds for _, seconds in points):
             raise InvalidField("records", f"{len(points)} steps", "none took any time")
-        n = len(points)
-        mean_tokens = sum(tokens for tokens, _ in points) / n
-        mean_seconds = sum(seconds for _, seconds in points) / n
-        spread = sum((tokens - mean_tokens) ** 2 for tokens, _ in points)
-        if not spread:
-            return cls(mean_seconds, 0.0)
-        slope = sum((t - mean_tokens) * (s - mean_seconds) for t, s in points) / spread
+        middle = median(seconds for _, seconds in points)
+        if len({tokens for tokens, _ in points}) == 1:
+            return cls(middle, 0.0)
+        weights = [1.0] * len(points)
+        for _ in range(50):  # least squares, each time with the weights that make them distances
+            base, slope = _weighted_line(points, weights)
+            weights = [1 / max(1e-9, abs(s - base - slope * t)) for t, s in points]
         if slope < 0:
-            return cls(mean_seconds, 0.0)
-        if mean_seconds < slope * mean_tokens:
-            squares = sum(tokens**2 for tokens, _ in points)
-            return cls(0.0, sum(t * s for t, s in points) / squares)
-        return cls(mean_seconds - slope * mean_tokens, slope)
+            return cls(middle, 0.0)
+        if base < 0:
+            return cls(0.0, median(seconds / tokens for tokens, seconds in points))
+        return cls(base, slope)
+
+
+def _weighted_line(points: list[tuple[int, float]], weights: list[float]) -> tuple[float, float]:
+    """(height at 0, slope) of the line with the least weighted sum of squares."""
+    total = sum(weights)
+    mean_x = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    mean_y = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    shared = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True))
+    slope = shared / spread
+    return mean_y - slope * mean_x, slope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

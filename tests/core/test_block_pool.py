@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from nbengine.core import prefix_cache
-from nbengine.core.block_pool import BlockPool, Refused
+from nbengine.core.block_pool import BlockPool, HostPool, Refused
 from nbengine.errors import CacheBusy
 
 
@@ -279,3 +279,13 @@ class PoolAndCache(RuleBasedStateMachine):
 
 TestPoolAndCache = PoolAndCache.TestCase
 TestPoolAndCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_host_blocks_are_handed_out_lowest_first_whatever_came_before():
+    pool = HostPool(6, 16)
+    first, second = pool.allocate(2), pool.allocate(2)
+    pool.release(first)
+    pool.release(second)
+    assert (first, second) == ([0, 1], [2, 3])
+    assert pool.allocate(5) == [0, 1, 2, 3, 4]
+    pool.check_integrity()

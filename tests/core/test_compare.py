@@ -80,6 +80,22 @@ class TestFigures:
         assert (figures.num_arrived, figures.num_finished) == (3, 1)
         assert (figures.num_unstarted, figures.waiting.max) == (0, 0)
 
+    def test_who_was_aborted_before_it_began_is_not_waiting_any_more(self, bench):
+        b = bench(num_blocks=100, max_num_seqs=1)
+        b.add(20, max_tokens=9)
+        b.add(20, max_tokens=9)
+        records = [b.step()]
+        b.scheduler.abort("req-1")
+        assert figures_of([*records, *b.run()]).num_unstarted == 0
+
+    def test_a_step_that_failed_has_begun_nothing(self, bench):
+        b = bench(num_blocks=100)
+        b.add(20, max_tokens=2)
+        b.scheduler.schedule()
+        failed = b.scheduler.take_back(RuntimeError("lost"))
+        figures = figures_of([failed, *b.run()])
+        assert (figures.waiting.max, figures.first_token.max) == (1, 2)
+
     def test_percentiles_are_values_that_occur(self):
         assert Spread.of([4, 1, 3, 2]) == (2.5, 2, 4, 4)
         assert Spread.of(range(1, 101)) == (50.5, 50, 90, 100)

@@ -634,3 +634,17 @@ class TestState:
             "admitted"
         )
         assert "req-1" in record._repr_html_()
+
+
+class TestRewind:
+    def test_all_who_ran_are_computed_again_in_one_step_if_they_fit(self, recorded):
+        """Those who lost their blocks to the rewind did not lose them for want of blocks."""
+        b = recorded(num_blocks=100)
+        for _ in range(3):
+            b.add(20, max_tokens=9)
+        b.step()
+        b.step()
+        b.scheduler.rewind(b.history.state_at(1))
+        record = b.step()
+        assert record.scheduled == {"req-0": 5, "req-1": 5, "req-2": 5}, "16 are in the cache"
+        assert not record.waits

@@ -124,6 +124,18 @@ class TestFork:
             *("preempted by fork", "preempted by swap", "preempted by recompute", "refused"),
         }
 
+    def test_whatever_failed_in_truth_the_fork_goes_on_to_its_end(self):
+        """Steps that failed, sequences that ended in error, rewinds: none of it happens again."""
+        num_errors = 0
+        for seed in range(80):
+            life = Life(seed).run()
+            k = Random(seed).randrange(len(life.history))
+            forked = fork(life.history, k, life.config, "fcfs", max_steps=10_000)
+            assert forked.end == "finished", seed
+            assert not any(record.error for record in forked)
+            num_errors += sum(f.reason == "error" for r in forked for f in r.finished)
+        assert num_errors, "a sequence that failed ends in error where its tokens do"
+
     def test_a_fork_leaves_the_run_that_it_was_made_from_alone(self, recorded):
         b = recorded(num_blocks=10)
         b.add(80, max_tokens=30)
@@ -171,6 +183,49 @@ class TestFork:
         assert sorted(state.contents) == list(range(7)), "3 blocks of req-2's are still cached"
         (lost, *_) = seven.history[3].preempted
         assert (lost.seq_id, lost.mode, lost.num_lost_tokens) == ("req-2", "fork", 64)
+
+    def test_blocks_that_others_share_are_not_gained_by_a_preemption(self, recorded):
+        """Three samples share 4 blocks and have one each: in 5 blocks one of them can run."""
+        b = recorded(num_blocks=20)
+        b.add(64, params=SamplingParams(n=3, max_tokens=9))
+        b.run()
+        assert [r.num_held_blocks for r in b.history][:2] == [4, 7]
+        five = fork(b.history, 2, b.scheduler.config, "fcfs", num_blocks=5)
+        assert [seq.seq_id for seq in five.history.state_at(2).running] == ["req-0"]
+        assert five.end == "finished"
+
+    def test_seats_kept_for_samples_are_gained_by_a_preemption(self, recorded):
+        b = recorded(num_blocks=100, max_num_batched_tokens=64)
+        b.add(20, max_tokens=9)
+        b.add(20, max_tokens=9)
+        b.add(90, params=SamplingParams(n=3, max_tokens=9))  # 5 seats, in the middle of its prompt
+        b.run()
+        three = fork(b.history, 1, b.scheduler.config, "fcfs", max_num_seqs=3)
+        running = three.history.state_at(1).running
+        assert [seq.seq_id for seq in running] == ["req-0", "req-1"]
+
+    def test_what_was_swapped_out_and_finds_no_room_is_computed_again(self, recorded):
+        """Swapped out are req-2, into host blocks 0 to 3, and then req-1, into 4 to 9."""
+        b = recorded(num_blocks=12, preemption_mode="swap", num_host_blocks=10)
+        for _ in range(3):
+            b.add(60, max_tokens=60)
+        b.run()
+        k = next(r.step for r in b.history if r.preempted and r.preempted[0].seq_id == "req-1")
+        waiting = b.history.state_at(k).waiting
+        assert [seq.host_blocks for seq in waiting] == [[4, 5, 6, 7, 8, 9], [0, 1, 2, 3]]
+        six = fork(b.history, k, b.scheduler.config, "fcfs", num_host_blocks=6)
+        one, two = six.history.state_at(k).waiting
+        assert (one.host_blocks, one.num_computed_tokens) == ([4, 5, 0, 1, 2, 3], 96)
+        assert (two.host_blocks, two.num_computed_tokens) == ([], 0)
+        assert six.end == "finished"
+
+    def test_new_blocks_are_handed_out_after_the_free_ones(self, recorded):
+        b = recorded(num_blocks=6)
+        b.add(40, max_tokens=2)
+        b.run()
+        free = list(b.history.state_at(1).free)
+        larger = fork(b.history, 1, b.scheduler.config, "fcfs", num_blocks=8)
+        assert list(larger.history.state_at(1).free) == [7, 6, *free]
 
     def test_with_fewer_seats_the_last_that_runs_waits(self, recorded):
         b = recorded(num_blocks=100)
@@ -243,6 +298,20 @@ class TestFork:
         ended = [f for r in faster for f in r.finished if f.seq_id != "req-1"]
         assert {f.reason for f in ended} - {"pruned"} == {"abort"}
         assert faster.end == "finished"
+
+    def test_a_beam_whose_candidates_are_known_ends_with_one_whose_are_not(self, recorded):
+        """With a budget of 1, the search is aborted between its two beams."""
+        b = recorded(num_blocks=100, max_num_batched_tokens=1)
+        b.add(3, params=BeamSearchParams(beam_width=2, max_tokens=50))
+        b.add(1, max_tokens=1)
+        for _ in range(4):
+            b.step()
+        assert [len(r.candidates) for r in b.history] == [0, 0, 1, 1]
+        b.scheduler.abort("req-0")
+        b.run()
+        faster = fork(b.history, 0, b.scheduler.config, "fcfs", max_num_batched_tokens=64)
+        ended = {f.reason for r in faster for f in r.finished if f.seq_id != "req-1"}
+        assert ended == {"abort"}
 
     def test_a_stop_string_ends_a_sequence_where_it_did(self, recorded):
         """The scheduler knows nothing of text: an engine ends the sequence after the step."""
@@ -429,6 +498,23 @@ class TestSimulate:
         assert [r.time for r in simulated] == pytest.approx([0.0, 3.0, 5.1, 60.0])
         assert [r.phases.total for r in simulated] == pytest.approx([3.0, 2.1, 1.1, 2.0])
 
+    def test_time_does_not_go_back_when_a_request_came_in_the_last_step_of_all_others(self):
+        trace = Trace(
+            requests=(
+                request("a", 1, 20, 1, arrival_time=0.0),
+                request("b", 1, 10, 1, arrival_time=2.5),
+            )
+        )
+        simulated = simulate(trace, num_blocks=100, step_time=(1, 0.1))
+        assert [r.time for r in simulated] == pytest.approx([0.0, 3.0])
+
+    def test_a_prompt_that_is_scored_takes_nothing_from_the_cache(self):
+        scored = dataclasses.replace(request("b", 2, 40, 1), hash_ids=(0, 1), scores_prompt=True)
+        plain = dataclasses.replace(scored, request_id="c", scores_prompt=False)
+        first = dataclasses.replace(request("a", 1, 40, 1), hash_ids=(0, 1))
+        simulated = simulate(Trace(requests=(first, scored, plain)), num_blocks=100)
+        assert [a.prefix.num_hit_tokens for r in simulated for a in r.admitted] == [0, 0, 32]
+
     def test_max_steps_bounds_it(self):
         trace = Trace(requests=(request("a", 1, 20, 50),))
         simulated = simulate(trace, max_steps=7, num_blocks=100)
@@ -494,6 +580,11 @@ class TestStepTime:
         fitted = StepTime.fit(self.records(bench, (10, 0.3), (20, 0.4), (40, 0.6)))
         assert fitted == pytest.approx((0.2, 0.01))
         assert fitted.of(100) == pytest.approx(1.2)
+
+    def test_a_first_step_that_compiles_moves_it_little(self, bench):
+        steps = [(tokens, 0.2 + 0.01 * tokens) for tokens in (1, 2, 3, 4, 5, 60, 60) * 3]
+        fitted = StepTime.fit(self.records(bench, (60, 30.0), *steps))
+        assert fitted == pytest.approx((0.2, 0.01), rel=0.01)
 
     def test_neither_number_is_below_zero(self, bench):
         assert StepTime.fit(self.records(bench, (10, 0.4), (20, 0.2))) == pytest.approx((0.3, 0))

@@ -61,6 +61,13 @@ class TestOfARun:
         assert [r.num_hit_tokens for r in simulated] == hits
         assert max(hits) == 32
 
+    def test_equal_blocks_behind_others_are_not_the_same(self, recorded):
+        b = recorded(num_blocks=100)
+        for first in (1, 2, 1):
+            b.add([first] * 16 + [7] * 17)
+        b.run()
+        assert [r.hash_ids for r in Trace.of(b.history)] == [(0, 1), (2, 3), (0, 1)]
+
     def test_samples_share_the_blocks_of_the_prompt_alone(self, recorded):
         b = recorded(num_blocks=100)
         b.add(24, params=SamplingParams(n=2, max_tokens=30))
