@@ -133,6 +133,11 @@ class CachedPrefix(NamedTuple):
     block: int
     content: BlockContent
 
+    @property
+    def digest(self) -> bytes:
+        """What the block is named in the cache."""
+        return self.content.digest
+
 
 class Fork(NamedTuple):
     """A sequence that split: `child` shares all of `parent`'s blocks."""
