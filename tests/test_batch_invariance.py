@@ -194,8 +194,13 @@ def test_in_emulated_kernels(models, logits, family, dtype, quantization):
 
 @needs_gpu
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, "bfloat16") for family in SERVED),
+        *(("served-llama", x) for x in ("float32", "float16")),
+    ],
+)
 def test_on_a_gpu(models, logits, family, dtype, quantization):
     fields = {"dtype": dtype, "quantization": quantization}
     check(Lab(models(family), logits, device="cuda", kernels="cuda", **fields))

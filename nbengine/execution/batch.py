@@ -108,22 +108,23 @@ class Batch:
             attention_plans={},
         )
 
-    def only(self, i: int) -> Batch:
-        """One sequence of a batch in which each has one row."""
-        part = slice(i, i + 1)
+    def sequences(self, start: int, stop: int) -> Batch:
+        """Some of the sequences of a batch in which each has one row."""
+        part = slice(start, stop)
+        pasts = self.context_lens[part]
         return dataclasses.replace(
             self,
             token_ids=self.token_ids[part],
             positions=self.positions[part],
             slot_mapping=self.slot_mapping[part],
-            query_start_loc=self.query_start_loc[:2],
+            query_start_loc=self.query_start_loc[: len(pasts) + 1],
             seq_lens=self.seq_lens[part],
             block_tables=self.block_tables[part],
-            num_tokens=1,
-            num_seqs=1,
-            max_seq_len=self.context_lens[i] + 1,
-            query_lens=[1],
-            context_lens=self.context_lens[part],
+            num_tokens=len(pasts),
+            num_seqs=len(pasts),
+            max_seq_len=max(pasts) + 1,
+            query_lens=[1] * len(pasts),
+            context_lens=pasts,
             attention_plans={},
         )
 

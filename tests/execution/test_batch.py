@@ -55,12 +55,16 @@ def test_rows_apart_are_sequences_that_each_see_their_own_past():
     assert (apart.query_lens, apart.context_lens) == ([1] * 4, [8, 6, 7, 8])
     assert (apart.num_tokens, apart.num_seqs, apart.max_query_len) == (4, 4, 1)
 
-    alone = apart.only(2)
+    alone = apart.sequences(2, 3)
     assert (alone.token_ids.tolist(), alone.positions.tolist()) == ([107], [7])
     assert (alone.seq_lens.tolist(), alone.block_tables.tolist()) == ([8], [[5, 2]])
     assert (alone.query_start_loc.tolist(), alone.slot_mapping.tolist()) == ([0, 1], [47])
     assert (alone.num_tokens, alone.num_seqs, alone.max_seq_len) == (1, 1, 8)
     assert (alone.query_lens, alone.context_lens) == ([1], [7])
+    last = apart.sequences(1, 9)
+    assert last.token_ids.tolist() == [106, 107, 108]
+    assert (last.seq_lens.tolist(), last.query_start_loc.tolist()) == ([7, 8, 9], [0, 1, 2, 3])
+    assert (last.num_tokens, last.num_seqs, last.max_seq_len) == (3, 3, 9)
 
 
 def test_padding_has_no_rows():
