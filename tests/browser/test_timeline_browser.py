@@ -614,7 +614,7 @@ def test_it_fits_its_container_and_the_screens_pixels(view: ViewPage) -> None:
     assert view.plot.bounding_box()["width"] == 1000 - 104 - 104
     view.page.evaluate("document.querySelector('#host').style.width = '500px'")
     view.settle()
-    assert view.plot.bounding_box()["width"] == 500 - 72 - 84
+    assert view.plot.bounding_box()["width"] == 500 - 72 - 90
     assert view.plot.evaluate(
         "(canvas) => canvas.width / canvas.clientWidth"
     ) == view.page.evaluate("devicePixelRatio")
