@@ -3,7 +3,7 @@
 //
 // createCharts(…) returns {element, update(data), destroy()}; `data` is the timeline's, with `range`:
 // [from, to] as its onRange told, or null for the newest steps that fit. In one module it follows
-// redraw.js, step_axis.js, lanes.js and timeline.js.
+// redraw.js, step_axis.js, entries.js and timeline.js.
 //
 // A strip has one scale. So output and prefill, which differ by orders of magnitude, are two strips
 // and not two lines of one. Solid is what computes or is held, hatched what waits or is cached, as in
@@ -47,15 +47,13 @@ export function stepFigures(steps, from, to, prefills = new WeakMap()) {
       numLookedUp -= lookups[oldestLookup++].numLookedUp;
     }
     const row = steps.get(step);
-    const end = row && row.time + row.seconds;
-    const before = window.at(-1);
-    // Nothing is averaged over a pause, nor over rows that are not here.
-    const pause = before && row ? row.time - (before.time + before.seconds) : 0;
-    if (!row || pause > RATE_SECONDS || pause < -RATE_SECONDS) {
+    // Nothing is averaged over rows that are not here, nor over a clock that went back.
+    if (!row || row.time < window.at(-1)?.time) {
       window = [];
       oldest = numSampled = numPrefill = 0;
     }
     if (!row) continue;
+    const end = row.time + row.seconds;
     window.push(row);
     numSampled += row.numSampled;
     numPrefill += prefillOf(row);

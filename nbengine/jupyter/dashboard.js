@@ -179,7 +179,8 @@ function render({ model, el }) {
     },
   });
   let range = null;
-  const charts = createCharts({ palette, onCursor: setCursor, onMissing });
+  // The timeline asks for steps that the page lacks, for both.
+  const charts = createCharts({ palette, onCursor: setCursor, onMissing: () => {} });
   const card = h("div", { class: "nbe-card" });
   const inspector = h("section", { "aria-label": "Step inspector" }, h("h4", {}, "Step"), card);
 
@@ -283,7 +284,7 @@ function render({ model, el }) {
       details: store.block,
     });
     drawTokens();
-    const views = { steps: store.steps, names: store.names, cursor: store.cursor, selected: store.selected, isLive: !isPast };
+    const views = { steps: store.steps, names: store.names, cursor: store.cursor, selected: store.selected, isLive: live.is_running };
     timeline.update(views);
     charts.update({ ...views, range });
     if (card.dataset.step !== `${now.step}/${now.record.length}`) {

@@ -3,21 +3,6 @@
 // A step row lists its sequences; a timeline draws a sequence's steps. Rows are regrouped in chunks
 // of 256 steps, and a chunk again only when one of its rows is another object than before (arrived,
 // fetched, or taken anew after a rewind). So a drawing touches the lanes that it draws, and no others.
-//
-// An entry is a pair of words: a slot (a sequence's number on this page), and code << 24 | n.
-
-export const PREFILL = 1; // n tokens computed
-export const DECODE = 2; // n tokens
-export const WAIT = 3; // n tokens wanted, none computed
-export const PREEMPTED = 4; // n tokens lost
-export const FINISHED = 5;
-export const HIT = 6; // n tokens taken from the prefix cache on admission
-export const SWAPPED = 7; // preempted to host memory
-export const REWOUND = 8;
-export const ADDED = 9; // it arrived
-
-export const codeOf = (word) => word >>> 24;
-export const countOf = (word) => word & 0xffffff;
 
 const CHUNK = 256;
 const MAX_CHUNKS = 256; // beyond, those out of view are forgotten

@@ -15,8 +15,8 @@ from nbengine.jupyter.block_map import PALETTE
 
 _HERE = Path(__file__).parent
 _PARTS = (
-    *("dom", "store", "block_map", "redraw", "step_axis", "lanes", "timeline", "charts"),
-    *("queues", "dashboard"),
+    *("dom", "store", "block_map", "redraw", "step_axis", "entries", "lanes"),
+    *("timeline", "charts", "queues", "dashboard"),
 )
 
 

@@ -17,7 +17,7 @@ from nbengine.jupyter.widget import DashboardWidget
 from tests.browser.lab import REPOSITORY
 
 JUPYTER = REPOSITORY / "nbengine" / "jupyter"
-MODULES = ("redraw.js", "step_axis.js", "lanes.js", "timeline.js", "charts.js")
+MODULES = ("redraw.js", "step_axis.js", "entries.js", "lanes.js", "timeline.js", "charts.js")
 PAGE = f"""\
 <!doctype html><meta charset="utf-8">
 <link rel="stylesheet" href="/timeline.css">
@@ -332,6 +332,37 @@ def test_a_cursor_of_the_past_holds_the_view_while_steps_go_on(view: ViewPage) -
     assert held_to == 399 and held_to - held_from == 98
 
 
+def test_a_click_holds_the_columns_that_were_drawn_when_it_came(view: ViewPage) -> None:
+    view.show("made.makeSteps({ numSteps: 400 })")
+    x, y = view.point(column=50)
+    view.page.evaluate(
+        """([x, y]) => {
+          window.data.steps = made.makeSteps({ numSteps: 450 }).steps;
+          view.update(window.data); // and no frame yet
+          const plot = document.querySelector(".nbe-tl-plot");
+          plot.setPointerCapture = () => {}; // there is no such pointer
+          plot.dispatchEvent(new PointerEvent("pointerdown", { clientX: x, clientY: y, button: 0 }));
+          plot.dispatchEvent(new PointerEvent("pointerup"));
+        }""",
+        [x, y],
+    )
+    view.settle()
+    calls = view.page.evaluate("calls.splice(0)")
+    assert ["cursor", 301 + 50] in calls and ["range", 301, 399] in calls
+
+
+def test_an_owner_that_is_behind_does_not_pull_the_cursor_out_of_the_hand(view: ViewPage) -> None:
+    view.show("made.makeSteps({ numSteps: 90 })")
+    view.page.mouse.move(*view.point(column=10))
+    view.page.mouse.down()
+    view.settle()
+    view.update("window.data.cursor = 3")
+    assert view.plot.get_attribute("aria-valuenow") == "10"
+    view.page.mouse.up()
+    view.update("")
+    assert view.plot.get_attribute("aria-valuenow") == "3"
+
+
 def test_live_is_pressed_while_the_newest_step_is_followed(view: ViewPage) -> None:
     view.show("made.makeSteps({ numSteps: 400 })")
     live = view.page.get_by_role("button", name="Live")
@@ -357,7 +388,9 @@ def test_the_ruler_selects_a_range_and_escape_or_a_double_click_leaves_it(view: 
         view.page.mouse.down()
         view.page.mouse.move(*view.ruler_point(column=39), steps=3)
         view.settle()
-        assert view.page.locator(".nbe-tl-brush").is_visible()
+        brush = view.page.locator(".nbe-tl-brush").bounding_box()
+        assert abs(brush["x"] - view.ruler_point(column=20)[0]) <= 1
+        assert abs(brush["width"] - 19 * 8) <= 1
         view.page.mouse.up()
         view.settle()
         assert view.calls("range") == [[20, 39]]
@@ -404,7 +437,7 @@ def test_plus_and_minus_zoom_around_the_cursor(view: ViewPage) -> None:
 def test_keys_faster_than_frames_zoom_as_slow_ones_do(view: ViewPage) -> None:
     ranges = []
     for is_fast in (False, True):
-        view.show("{ ...made.makeSteps({ numSteps: 1000 }), cursor: 500 }")
+        view.show("made.makeSteps({ numSteps: 1000 })")
         if is_fast:
             view.page.evaluate(
                 """for (const key of "++-") {
@@ -434,8 +467,11 @@ def test_the_wheel_is_the_pages_until_one_has_zoomed(view: ViewPage) -> None:
     view.show(
         "handMade(Object.fromEntries(Array.from({ length: 500 }, (_, step) => [step, [[0, 2, 1]]])))"
     )
-    assert not wheel(view, 50, deltaY=40)
+    assert not wheel(view, 50, deltaY=-40)
     assert view.calls("range") == []
+    assert wheel(view, 50, deltaX=-40), "sideways no page scrolls"
+    view.press("Escape")
+    view.calls("range")
     assert wheel(view, 50, deltaY=-100, ctrlKey=True)
     ((first, last),) = view.calls("range")
     span = last - first + 1
@@ -446,6 +482,14 @@ def test_the_wheel_is_the_pages_until_one_has_zoomed(view: ViewPage) -> None:
     assert panned < first
     view.press("Home")
     assert not wheel(view, 50, deltaY=-140), "at the first step there is nowhere to pan to"
+
+
+def test_the_wheel_scrolls_lines_where_they_do_not_all_fit(view: ViewPage) -> None:
+    view.show("made.makeFullSteps({ numSteps: 500, numSequences: 30 })")
+    assert wheel(view, 50, deltaY=-100, ctrlKey=True)
+    view.calls("range")
+    assert not wheel(view, 50, deltaY=-140)
+    assert view.calls("range") == []
 
 
 def test_steps_that_the_page_lacks_are_asked_for_once_until_they_come(view: ViewPage) -> None:
@@ -568,26 +612,28 @@ def test_it_fits_its_container_and_the_screens_pixels(view: ViewPage) -> None:
     assert view.plot.bounding_box()["width"] == 1000 - 104 - 104
     view.page.evaluate("document.querySelector('#host').style.width = '500px'")
     view.settle()
-    assert view.plot.bounding_box()["width"] == 500 - 72 - 84
+    assert view.plot.bounding_box()["width"] == 500 - 72 - 90
     assert view.plot.evaluate(
         "(canvas) => canvas.width / canvas.clientWidth"
     ) == view.page.evaluate("devicePixelRatio")
 
 
 @pytest.mark.parametrize("create", ["createTimeline", "createCharts"])
-def test_a_destroyed_view_draws_no_more(view: ViewPage, create: str) -> None:
+@pytest.mark.parametrize("is_pending", [False, True])
+def test_a_destroyed_view_draws_no_more(view: ViewPage, create: str, is_pending: bool) -> None:
     view.show("made.makeSteps({ numSteps: 200 })", create)
-    num_frames = view.page.evaluate(
-        """async () => {
+    result = view.page.evaluate(
+        """async (isPending) => {
           const { element } = window.view;
           const plot = element.querySelector(".nbe-tl-plot, .nbe-ch-plot");
-          window.view.update(window.data);
+          const html = element.innerHTML;
+          if (isPending) window.view.update({ ...window.data, cursor: 5 });
           window.view.destroy();
-          const wasTaken = !element.isConnected;
+          const isGone = !element.isConnected;
           document.querySelector("#host").append(element);
-          let asked = 0;
+          let numFrames = 0;
           const real = window.requestAnimationFrame;
-          window.requestAnimationFrame = (act) => ((asked += 1), real(act));
+          window.requestAnimationFrame = (act) => ((numFrames += 1), real(act));
           plot.dispatchEvent(new PointerEvent("pointermove", { clientX: 300, clientY: 50 }));
           plot.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
           document.body.className = "dark";
@@ -595,10 +641,11 @@ def test_a_destroyed_view_draws_no_more(view: ViewPage, create: str) -> None:
           await new Promise((done) => setTimeout(done, 100));
           window.requestAnimationFrame = real;
           element.remove();
-          return wasTaken ? asked : -1;
-        }"""
+          return { isGone, numFrames, isSame: element.innerHTML === html };
+        }""",
+        is_pending,
     )
-    assert num_frames == 0
+    assert result == {"isGone": True, "numFrames": 0, "isSame": True}
     assert view.calls("cursor") == []
 
 
@@ -656,13 +703,17 @@ def test_a_rate_is_of_the_tokens_of_half_a_second(view: ViewPage) -> None:
     assert figures(view, data, "output", 6, 7) == [40, 48], "steps before those in view count"
 
 
-def test_a_pause_and_missing_rows_are_no_part_of_a_rate(view: ViewPage) -> None:
+def test_a_pause_missing_rows_and_a_clock_that_went_back_are_no_part_of_a_rate(
+    view: ViewPage,
+) -> None:
     paused = rows(
         s0={"numSampled": 2}, s1={"numSampled": 3, "time": 60.0}, s2={"numSampled": 5, "time": 60.1}
     )
     assert figures(view, paused, "output", 0, 2) == [20, 30, 40]
     lacking = {0: [[0, 2, 1]], 1: None, 2: [[0, 2, 1], [1, 2, 1]]}
     assert figures(view, f"handMade({json.dumps(lacking)})", "output", 0, 2) == [10, None, 20]
+    back = rows(s0={"numSampled": 2, "time": 9.0}, s1={"numSampled": 3, "time": 1.0})
+    assert figures(view, back, "output", 0, 1) == [20, 30]
 
 
 def test_prefill_counts_what_was_computed_and_not_what_was_found(view: ViewPage) -> None:
