@@ -16,7 +16,6 @@ import queue
 import random
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
@@ -27,8 +26,7 @@ from nbengine.admission import Admission, Params, Prompt
 from nbengine.config import EngineConfig
 from nbengine.core.breakpoints import Breakpoint, Condition, Stop, condition
 from nbengine.core.history import History
-from nbengine.core.logprobs import Logprob
-from nbengine.core.plan import StepOutput, StepPlan
+from nbengine.core.plan import StepOutput
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
@@ -48,6 +46,7 @@ from nbengine.errors import (
     UnknownRequest,
 )
 from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscriber
+from nbengine.requests import Requests
 from nbengine.rewind import Rewind
 from nbengine.startup import StartupTimes
 
@@ -66,11 +65,6 @@ T = TypeVar("T")
 
 QueueRequest = Callable[[Subscriber | None], str]
 """A request that was checked: queues it, on the engine's thread, and returns its id."""
-
-MAX_FINISHED_KEPT = 1000
-"""Finished requests whose outputs can still be asked for."""
-MAX_FINISHED_SIZE = 2_000_000
-"""And their tokens and logprobs together: some 100 MB."""
 
 _log = logging.getLogger("nbengine")
 
@@ -111,16 +105,9 @@ class Engine:
         self._device_lost: DeviceLost | None = None
         self._runner: ModelRunner | None = None
         self._is_started = False
-        self._driven: set[str] = set()
-        """Unfinished requests whose callers wait for them: while there are any, steps are taken in
-        the background even if the engine is paused."""
         self._is_closed = False
         self._is_stepping = False
-        self._states: dict[str, RequestState] = {}
-        """Unfinished requests by id."""
-        self._finished: OrderedDict[str, RequestState] = OrderedDict()
-        """The last ones that finished, oldest first."""
-        self._finished_size = 0
+        self._requests = Requests()
         self._num_arrivals = 0
         self._seeds = random.Random(config.seed)
         self._on_step: list[Callable[[StepRecord], None]] = []
@@ -229,7 +216,7 @@ class Engine:
             advanced = scheduler.commit(output)
             if plan.keeps_logits:
                 self._compare_with_before(advanced, output)
-            self._update_outputs(plan, output, advanced)
+            self._requests.take(plan, output, advanced, scheduler.finish)
             return scheduler.seal(
                 Phases(
                     schedule=scheduled - began,
@@ -241,31 +228,13 @@ class Engine:
         finally:
             self._is_stepping = False
 
-    def _update_outputs(self, plan: StepPlan, output: StepOutput, advanced: list[Sequence]) -> None:
-        """Text, stop strings and logprobs of the sequences that got a token."""
-        if output.prompt_logprobs:
-            for seq, _ in plan.scheduled:
-                if rows := output.prompt_logprobs.get(seq.seq_id):
-                    end = min(seq.num_computed_tokens + 1, seq.num_prompt_tokens)
-                    state = self._states[seq.request.request_id]
-                    state.take_prompt_logprobs(end - len(rows), rows)
-        for seq in advanced:
-            state = self._states[seq.request.request_id]
-            try:
-                stop = state.update(seq, _logprobs_of(seq, output))
-            except Exception as error:  # one sequence's text must not end the others
-                self.scheduler.finish(seq, "error", f"{type(error).__name__}: {error}")
-                continue
-            if stop is not None:
-                self.scheduler.finish(seq, "stop", stop)
-
     def _publish(self, record: StepRecord) -> None:
         """Tell everybody who is interested in a step that is over."""
         self.history.append(record)
         if self.history.wants_keyframe:
             self.history.keep(Keyframe(self.scheduler))
         self._stop_at_breakpoints(record)
-        self._deliver(record)
+        self._requests.deliver(record, self.clock())
         for listener in tuple(self._on_step):
             try:
                 listener(record)
@@ -281,71 +250,12 @@ class Engine:
                 holds = each.holds(record)
             except Exception as raised:
                 error, holds = raised, True
-                each.remove()
             if holds:
                 each.num_hits += 1
+                if each.is_for_once or error is not None:
+                    each.remove()
                 self.stopped_at = self.stopped_at or Stop(each, record, error)
                 self._is_started = False
-
-    def _deliver(self, record: StepRecord) -> None:
-        """Times and outputs of the requests that this step moved on."""
-        now = self.clock()
-        moved: dict[str, RequestState] = {}
-        for admission in record.admitted:
-            state = self._state_of(admission.seq_id)
-            if state is not None and state.metrics.first_scheduled_time is None:
-                state.metrics.first_scheduled_time = record.time
-        for seq_id in record.sampled:
-            state = self._state_of(seq_id)
-            if state is not None:
-                moved[state.request_id] = state
-        for state in moved.values():
-            state.metrics.token_times.append(now)
-        for finish in record.finished:
-            state = self._state_of(finish.seq_id)
-            if state is not None and state.finished:  # it may be an aborted one's successor
-                moved[state.request_id] = state
-        for state in moved.values():
-            if state.finished:
-                self._retire(state, now)
-            elif state.subscriber is not None and state.wants_every_output:
-                self._send(state, state.next_output())
-
-    def _state_of(self, seq_id: str) -> RequestState | None:
-        """The request of a sequence, unless it has been aborted since."""
-        return self._states.get(seq_id.partition("#")[0])
-
-    def _send(self, state: RequestState, output: RequestOutput | BaseException) -> None:
-        """A subscriber that fails harms nobody else."""
-        assert state.subscriber is not None
-        try:
-            state.subscriber(output)
-        except Exception:
-            _log.exception("the subscriber of %s failed, and is not called again", state.request_id)
-            state.subscriber = None
-
-    def _retire(self, state: RequestState, now: float) -> None:
-        """Move a finished request to the finished ones, with its last output sent."""
-        name = state.request_id
-        if self._states.get(name) is not state:
-            return  # a subscriber of this step has aborted it
-        del self._states[name]
-        self._driven.discard(name)
-        state.metrics.finished_time = now
-        if state.subscriber is not None:
-            self._send(state, state.next_output())
-        state.retire()
-        self._finished[name] = state
-        self._finished_size += state.size
-        while len(self._finished) > MAX_FINISHED_KEPT or (
-            self._finished_size > MAX_FINISHED_SIZE and len(self._finished) > 1
-        ):
-            self._forget(next(iter(self._finished)))
-
-    def _forget(self, name: str) -> None:
-        state = self._finished.pop(name, None)
-        if state is not None:
-            self._finished_size -= state.size
 
     # ------------------------------------------------------------------ requests
 
@@ -412,13 +322,13 @@ class Engine:
     def _next_id(self) -> str:
         """The id of the next request that is given none."""
         names = (f"req-{number}" for number in itertools.count(self._num_arrivals))
-        return next(name for name in names if name not in self._states)
+        return next(name for name in names if name not in self._requests.unfinished)
 
     def _queue(
         self, request: Request, is_named: bool, text: str | None, subscriber: Subscriber | None
     ) -> str:
         name = request.request_id if is_named else self._next_id()
-        if name in self._states:
+        if name in self._requests.unfinished:
             raise InvalidRequest(f"request id {name!r} is in use: choose another, or none")
         seed = request.params.seed if isinstance(request.params, SamplingParams) else None
         request = dataclasses.replace(
@@ -430,9 +340,8 @@ class Engine:
         )
         live = self.scheduler.add(request)
         self._num_arrivals += 1
-        self._forget(name)  # an earlier one of this id
         metrics = RequestMetrics(request.arrival_time)
-        self._states[name] = RequestState(live, text, self.tokenizer, metrics, subscriber)
+        self._requests.add(RequestState(live, text, self.tokenizer, metrics, subscriber))
         return name
 
     def abort(self, *request_ids: str) -> None:
@@ -443,8 +352,7 @@ class Engine:
         """
 
         def abort() -> None:
-            known = self._states.keys() | self._finished.keys()
-            unknown = [name for name in request_ids if name not in known]
+            unknown = [name for name in request_ids if name not in self._requests]
             self._abort_now(request_ids)
             if unknown:
                 raise UnknownRequest(f"no request {', '.join(map(repr, unknown))}")
@@ -459,13 +367,7 @@ class Engine:
             UnknownRequest: it was never added, or finished long ago.
         """
 
-        return self._call(lambda: self._known(request_id).output())
-
-    def _known(self, request_id: str) -> RequestState:
-        state = self._states.get(request_id) or self._finished.get(request_id)
-        if state is None:
-            raise UnknownRequest(f"no request {request_id!r}")
-        return state
+        return self._call(lambda: self._requests[request_id].output())
 
     def metrics(self, request_id: str) -> RequestMetrics:
         """When a request came, was first worked on, and got each of its tokens.
@@ -473,7 +375,7 @@ class Engine:
         Raises:
             UnknownRequest: as `output`.
         """
-        return self._call(lambda: self._known(request_id).metrics_now())
+        return self._call(lambda: self._requests[request_id].metrics_now())
 
     # ------------------------------------------------------------------ running
 
@@ -522,8 +424,8 @@ class Engine:
                 break
         return record
 
-    def break_on(self, on: str | Condition) -> Breakpoint:
-        """Pause after every step that meets a condition: "preemption", "finish", "prefix_miss",
+    def break_on(self, on: str | Condition, *, once: bool = False) -> Breakpoint:
+        """Pause after every step (or the first, `once`) that meets a condition: "preemption", "finish", "prefix_miss",
         "out_of_blocks", "eviction", "copy_on_write", or a function of the `StepRecord`, which is
         called on the engine's thread and must return at once. It ends `run` and `step(n)`, and pauses
         what runs in the background; `stopped_at` says where. Whoever waits for an answer
@@ -532,7 +434,7 @@ class Engine:
         Raises:
             InvalidField: not a name of a condition, nor callable.
         """
-        added = Breakpoint.on(on)
+        added = Breakpoint.on(on, once=once)
         self._call(lambda: self._breakpoints.append(added))
         return added
 
@@ -571,11 +473,11 @@ class Engine:
         caller that never got an answer."""
         for queue_request in requests:
             names.append(queue_request(subscriber))
-            self._driven.add(names[-1])
+            self._requests.driven.add(names[-1])
 
     def _wants_step(self) -> bool:
         return (
-            (self._is_started or bool(self._driven))
+            (self._is_started or bool(self._requests.driven))
             and not self._is_closed
             and self.scheduler.has_work
         )
@@ -586,10 +488,7 @@ class Engine:
         except BaseException as error:  # it reaches whoever waits for a result
             self.error = error
             self._is_started = False
-            self._driven.clear()
-            for state in list(self._states.values()):
-                if state.subscriber is not None:
-                    self._send(state, error)
+            self._requests.tell_all(error)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -654,11 +553,11 @@ class Engine:
 
     def _abort_now(self, names: Seq[str]) -> None:
         for name in names:
-            state = self._states.get(name)
+            state = self._requests.unfinished.get(name)
             if state is not None:
                 if not state.finished:
                     self.scheduler.abort(name)
-                self._retire(state, self.clock())
+                self._requests.retire(state, self.clock())
 
     # ------------------------------------------------------------------ time travel
 
@@ -697,30 +596,7 @@ class Engine:
         dropped = self.history.cut(step)
         self.history.keep(Keyframe(self.scheduler))
         self._is_started, self.error, self.stopped_at = False, None, None
-        before = {**self._finished, **self._states}
-        for state_now in list(self._states.values()):
-            name = state_now.request_id
-            if name not in alive or alive[name].request is not state_now.live.request:
-                for seq in state_now.live.sequences:
-                    if not seq.is_finished:
-                        seq.end("abort")
-                self._retire(state_now, self.clock())
-        for record in dropped:
-            for request in record.added:
-                self._forget(request.request_id)
-        expected: dict[tuple[int, int], tuple[list[int], int]] = {}
-        for name, live in alive.items():
-            was = before.get(name)
-            if was is None or was.live.request is not live.request:  # it ended long ago
-                metrics = RequestMetrics(live.request.arrival_time)
-                was = RequestState(live, None, self.tokenizer, metrics)
-            elif isinstance(live.request.params, SamplingParams):
-                known = {s.index: len(s.tokens) for s in live.sequences}
-                for s in was.live.sequences:
-                    num_known = known.get(s.index, s.num_prompt_tokens)  # it may split again
-                    expected[live.request.arrival, s.index] = s.tokens, num_known
-            self._forget(name)
-            self._states[name] = was.rewound(live)
+        expected = self._requests.rewind(alive, dropped, self.tokenizer, self.clock())
         decode = self.tokenizer.decode if self.tokenizer is not None else None
         self._rewound = Rewind(
             step, dropped, expected, lambda token: decode([token]) if decode else ""
@@ -804,7 +680,7 @@ class Engine:
         return self._runner.live_calls(ops, self.scheduler.running)
 
     def _text_of(self, seq: Sequence) -> str:
-        return self._states[seq.request.request_id].text_of(seq)
+        return self._requests.text_of(seq)
 
     def why(self, name: str) -> Explanation:
         """Why a request (or one of its sequences) waits, was preempted, got fewer tokens than it
@@ -962,7 +838,7 @@ class Engine:
         self._is_closed = True
         _release_frames(self.error)
         _release_frames(self._failure)
-        self._abort_now(list(self._states))
+        self._abort_now(list(self._requests.unfinished))
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
@@ -988,17 +864,6 @@ class Engine:
             f"Engine({self.config.model}, step {s.step_count}, {len(s.running)} running, "
             f"{len(s.waiting)} waiting, {s.pool.num_held}/{s.pool.num_blocks} blocks held)"
         )
-
-
-def _logprobs_of(seq: Sequence, output: StepOutput) -> dict[int, Logprob] | None:
-    """Of the token that `seq` just got. Samples that have just been forked were all drawn from
-    the row of the first, whose id is the request's."""
-    rows = output.logprobs.get(seq.seq_id)
-    if rows is None:
-        rows = output.logprobs.get(seq.request.request_id)
-    if rows is None:
-        return None
-    return rows[seq.index if len(rows) > 1 else 0]
 
 
 def _release_frames(error: BaseException | None) -> None:

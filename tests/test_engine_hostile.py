@@ -18,8 +18,8 @@ from concurrent.futures import Future
 import pytest
 
 from nbengine import LLM, Engine, RequestOutputKind, SamplingParams
-from nbengine.engine import MAX_FINISHED_KEPT
 from nbengine.errors import EngineBusy, EngineClosed, UnknownRequest
+from nbengine.requests import MAX_FINISHED_KEPT
 
 PROMPT = [5, 20, 21, 22]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -34,7 +34,7 @@ def llm_of(engine: Engine) -> LLM:
 
 def is_idle(engine: Engine) -> bool:
     """After all that was queued before: no request, and no wish to step."""
-    return engine._call(lambda: not engine.has_work and not engine._driven)
+    return engine._call(lambda: not engine.has_work and not engine._requests.driven)
 
 
 def wait_for(condition, seconds=30):
@@ -423,7 +423,7 @@ class TestFailedSteps:
         engine = make()
         got = []
         engine.add_request(PROMPT, GREEDY.clone(max_tokens=1), subscriber=got.append)
-        monkeypatch.setattr(engine, "_update_outputs", None)
+        monkeypatch.setattr(engine._requests, "take", None)
         with pytest.raises(TypeError):
             engine.step()
         assert [output.finished for output in got] == [True]
@@ -456,7 +456,7 @@ class TestAsync:
         loop.run_until_complete(anext(stream))
         loop.close()
         wait_for(lambda: is_idle(engine))
-        (out,) = [engine.output(name) for name in engine._finished]
+        (out,) = [engine.output(name) for name in engine._requests._finished]
         assert out.outputs[0].finish_reason == "abort"
         del stream
 
@@ -484,7 +484,7 @@ class TestAsync:
 
 class TestLongSessions:
     def test_finished_requests_are_forgotten_while_an_old_one_waits(self, make, monkeypatch):
-        monkeypatch.setattr("nbengine.engine.MAX_FINISHED_KEPT", 5)
+        monkeypatch.setattr("nbengine.requests.MAX_FINISHED_KEPT", 5)
         engine = make(scheduling_policy="priority", max_num_seqs=1)
         engine.add_request(PROMPT, GREEDY, request_id="waits", priority=9)
         one = GREEDY.clone(max_tokens=1)
@@ -492,18 +492,18 @@ class TestLongSessions:
         for _ in range(12):
             names.append(engine.add_request(PROMPT, one))
             engine.step()
-        assert len(engine._finished) == 5
+        assert len(engine._requests._finished) == 5
         with pytest.raises(UnknownRequest):
             engine.output(names[0])
         assert engine.output(names[-1]).finished
         assert not engine.output("waits").finished
 
     def test_long_finished_requests_are_forgotten_sooner(self, make, monkeypatch):
-        monkeypatch.setattr("nbengine.engine.MAX_FINISHED_SIZE", 40)
+        monkeypatch.setattr("nbengine.requests.MAX_FINISHED_SIZE", 40)
         engine = make()
         names = [engine.add_request(PROMPT, GREEDY) for _ in range(4)]
         engine.run()
-        assert [name in engine._finished for name in names] == [False, False, True, True]
+        assert [name in engine._requests._finished for name in names] == [False, False, True, True]
 
     def test_many_aborted_before_a_step_do_not_break_it(self, make):
         engine = make()

@@ -9,7 +9,7 @@ import pytest
 from nbengine import BeamSearchParams, SamplingParams
 from nbengine.errors import InvalidField, UnknownRequest, UnknownStep
 from nbengine.outputs import RequestOutputKind
-from tests.jupyter.conftest import eventually
+from tests.waiting import eventually
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1, seed=3, max_tokens=24, ignore_eos=True, n=2, logprobs=2)

@@ -60,14 +60,15 @@ class Breakpoint:
 
     name: str
     holds: Condition = field(repr=False)
+    is_for_once: bool = False
     num_hits: int = 0
     is_enabled: bool = True
 
     @classmethod
-    def on(cls, on: str | Condition) -> Breakpoint:
+    def on(cls, on: str | Condition, *, once: bool = False) -> Breakpoint:
         """From what `condition` takes; raises what it raises."""
         holds = condition(on)
-        return cls(on if isinstance(on, str) else getattr(on, "__name__", repr(on)), holds)
+        return cls(on if isinstance(on, str) else getattr(on, "__name__", repr(on)), holds, once)
 
     def remove(self) -> None:
         """Never stop here again."""

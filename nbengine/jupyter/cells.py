@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from itertools import islice
 
 from nbengine.core.records import PREFIX_CACHE, StepRecord
 from nbengine.core.request import Sequence
@@ -17,21 +18,17 @@ from nbengine.jupyter.block_map import BlockKind, colour_index
 _MOST_REFS = 255
 
 
-class Slots:
-    """Sequences as small numbers, in the order in which a page first hears of them."""
+class Slots(dict[str, int]):
+    """Sequences as small numbers, in the order in which a page first hears of them: a name that is
+    new gets the next one when it is looked up."""
 
-    def __init__(self) -> None:
-        self._slots: dict[str, int] = {}
-
-    def __getitem__(self, seq_id: str) -> int:
-        return self._slots.setdefault(seq_id, len(self._slots))
-
-    def __len__(self) -> int:
-        return len(self._slots)
+    def __missing__(self, seq_id: str) -> int:
+        slot = self[seq_id] = len(self)
+        return slot
 
     def names(self, start: int = 0) -> list[tuple[int, str, int]]:
         """(slot, sequence id, colour) from slot `start` on."""
-        names = list(self._slots)[start:]
+        names = islice(self, start, None)
         return [(slot, name, colour_index(name)) for slot, name in enumerate(names, start)]
 
 
@@ -127,6 +124,7 @@ PREFILL, DECODE, WAIT, PREEMPTED, FINISHED, HIT, SWAPPED, REWOUND, ADDED = range
 _PREEMPTIONS = {"swap": SWAPPED, "rewind": REWOUND}
 ROW_NUMBERS = 18
 _MOST = (1 << 24) - 1
+_PREFILLS, _DECODES_ONE = PREFILL << 24, DECODE << 24 | 1
 
 
 def encode_steps(records: Iterable[StepRecord], slots: Slots) -> tuple[array[float], array[int]]:
@@ -147,9 +145,16 @@ def encode_steps(records: Iterable[StepRecord], slots: Slots) -> tuple[array[flo
         for admission in record.admitted:
             if hit := admission.prefix.num_hit_tokens:
                 entries.extend((slots[admission.seq_id], HIT << 24 | min(hit, _MOST)))
-        for seq_id, n in record.scheduled.items():
-            code = DECODE if n == 1 and seq_id in sampled else PREFILL
-            entries.extend((slots[seq_id], code << 24 | n))
+        entries.extend(
+            [
+                word
+                for seq_id, n in record.scheduled.items()
+                for word in (
+                    slots[seq_id],
+                    _DECODES_ONE if n == 1 and seq_id in sampled else _PREFILLS | n,
+                )
+            ]
+        )
         for wait in record.waits:
             if not wait.got:
                 entries.extend((slots[wait.seq_id], WAIT << 24 | min(wait.wanted, _MOST)))

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from typing import Any
 
 from nbengine.core.breakpoints import condition
-from nbengine.core.records import StepRecord
 from nbengine.core.request import Sequence
 from nbengine.core.sampling_params import SamplingParams
 from nbengine.engine import Engine
@@ -92,8 +91,8 @@ class Dashboard:
 
     # ------------------------------------------------------------------ to the page
 
-    def _show(self, engine: Engine, seq: int, is_whole: bool) -> None:
-        """On the publisher's thread."""
+    def _show(self, engine: Engine, seq: int, is_whole: bool) -> float:
+        """On the publisher's thread. Returns the seconds for which the engine's was held."""
         feed, history = self._feed, self._history
         if is_whole:
             feed.forget()
@@ -133,6 +132,7 @@ class Dashboard:
         # As text: one string passes the kernel's message cleaning untouched, where nested lists are
         # walked item by item.
         self._widget.send({"type": "frame", "seq": seq, "json": json.dumps(content)}, buffers)
+        return moment.cost
 
     def _text_then(self, seq: Sequence) -> str:
         """The end of a sequence's text at an earlier step."""
@@ -232,17 +232,10 @@ class Dashboard:
         until = message.get("until")
         if until is None:
             return engine.start
-        holds = condition(until)
+        condition(until)  # a mistake shows now
 
         def run() -> None:
-            def once(record: StepRecord) -> object:
-                found = holds(record)
-                if found:
-                    stop.remove()
-                return found
-
-            once.__name__ = str(until)
-            stop = engine.break_on(once)
+            engine.break_on(until, once=True)
             engine.start()
 
         return run

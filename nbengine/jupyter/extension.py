@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from IPython.core.error import UsageError
 from IPython.core.magic import line_cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument
 
 from nbengine.config import BLOCK_SIZES, EngineConfig
+from nbengine.core.breakpoints import CONDITIONS, Breakpoint
 from nbengine.core.policies import POLICIES
 from nbengine.core.sampling_params import BeamSearchParams, SamplingParams
 from nbengine.core.snapshot import Snapshot
 from nbengine.core.why import Explanation
 from nbengine.engine import Engine
 from nbengine.jupyter import debugger
+from nbengine.jupyter.attention_view import AttentionView
 from nbengine.jupyter.block_map import BlockMap
 from nbengine.jupyter.dashboard import Dashboard, close_dashboard_of
 from nbengine.jupyter.kernel_bench import KernelMagics
@@ -37,6 +39,10 @@ from nbengine.jupyter.stream import show_stream
 from nbengine.jupyter.views import Steps
 from nbengine.llm import LLM, chat_prompt
 from nbengine.models.registry import resolve_model
+from nbengine.rewind import Rewind
+
+if TYPE_CHECKING:
+    from nbengine.execution.probe import Probe
 
 DEFAULT_MAX_TOKENS = 128
 """More than `SamplingParams`' 16: who asks in a cell wants to read an answer."""
@@ -133,6 +139,7 @@ class NbengineMagics(EngineMagics):
 
     option_values: ClassVar = {
         "--scheduling-policy": tuple(POLICIES),
+        "--until": tuple(CONDITIONS),
         "--dtype": ("auto", "float32", "bfloat16", "float16"),
         "--device": ("auto", "cpu", "cuda"),
         "--quantization": ("int8", "int4"),
@@ -312,10 +319,16 @@ class NbengineMagics(EngineMagics):
             records.append(engine.step())
         return record if args.n == 1 else Steps(tuple(records))
 
-    @magic(line_magic)
+    @magic(
+        line_magic,
+        argument("--until", metavar="CONDITION", help=f"stop there once: {', '.join(CONDITIONS)}"),
+    )
     def nb_run(self, args: argparse.Namespace, _: str | None) -> None:
-        """Let the engine step in the background until %nb_pause. Returns at once."""
+        """Let the engine step in the background until %nb_pause (or until something happens). Returns
+        at once."""
         engine = self._engine
+        if args.until is not None:
+            engine.break_on(args.until, once=True)
         engine.start()
         waiting = "" if engine.has_work else " It has no requests yet: %nb_add queues one."
         print(f"Running in the background; %nb_pause stops it, %nb_dashboard shows it.{waiting}")
@@ -327,6 +340,27 @@ class NbengineMagics(EngineMagics):
         engine.pause()
         print(f"Paused after step {engine.scheduler.step_count}.")
 
+    @magic(
+        line_magic,
+        argument("condition", nargs="?", help=", ".join(CONDITIONS)),
+        argument("--clear", action="store_true", help="remove all breakpoints"),
+    )
+    def nb_break(self, args: argparse.Namespace, _: str | None) -> tuple[Breakpoint, ...]:
+        """Pause after every step in which something happens; returns the breakpoints that are set."""
+        engine = self._engine
+        if args.clear:
+            for each in engine.breakpoints:
+                each.remove()
+        if args.condition is not None:
+            engine.break_on(args.condition)
+        return engine.breakpoints
+
+    @magic(line_magic, argument("step", type=int, help="the step to go back to"))
+    def nb_rewind(self, args: argparse.Namespace, _: str | None) -> Rewind:
+        """Go back to how things stood after a step, and pause there. The Rewind that is returned tells
+        whether the same tokens come again."""
+        return self._engine.rewind(args.step)
+
     @magic(line_magic, argument("request_id", nargs="+", help="which"))
     def nb_abort(self, args: argparse.Namespace, _: str | None) -> None:
         """End requests now, and free all they hold."""
@@ -334,10 +368,12 @@ class NbengineMagics(EngineMagics):
 
     # ------------------------------------------------------------------ looking in
 
-    @magic(line_magic)
+    @magic(line_magic, argument("--at", type=int, metavar="STEP", help="as they were after a step"))
     def nb_status(self, args: argparse.Namespace, _: str | None) -> Snapshot:
         """The queues and the block map: a Snapshot."""
         engine = self._engine
+        if args.at is not None:
+            return engine.state_at(args.at)
         if engine.error is not None:
             print(f"The last background run failed: {type(engine.error).__name__}: {engine.error}")
         return engine.snapshot()
@@ -352,6 +388,19 @@ class NbengineMagics(EngineMagics):
         """Why a request waits, was preempted, got fewer tokens than it wanted, or missed the prefix
         cache."""
         return self._engine.why(args.request_id)
+
+    @magic(
+        line_magic,
+        argument("request_id", help="a request, or one of its samples (req-3#1)"),
+        argument("--at", type=int, metavar="STEP", help="as it was after a step (default: now)"),
+        argument("--layer", type=int, help="the attention of this layer's heads alone"),
+    )
+    def nb_probe(self, args: argparse.Namespace, _: str | None) -> Probe | AttentionView:
+        """What the model sees at a sequence's last computed token: what may come next, and how its
+        attention spreads over the KV blocks. The Probe that is returned holds logits, hidden states
+        and attention weights."""
+        probe = self._engine.probe(args.request_id, args.at)
+        return probe if args.layer is None else AttentionView(probe, args.layer)
 
     @magic(line_magic, argument("n", nargs="?", type=int, default=10, help="how many (default 10)"))
     def nb_history(self, args: argparse.Namespace, _: str | None) -> Steps:
@@ -371,7 +420,9 @@ class NbengineMagics(EngineMagics):
             models += [str(path) for path in sorted(Path().glob("*.gguf"))]
             models += [str(path.parent) for path in sorted(Path().glob("*/config.json"))]
             return models
-        if name in ("nb_why", "nb_abort"):
+        if name == "nb_break":
+            return list(CONDITIONS)
+        if name in ("nb_why", "nb_abort", "nb_probe"):
             engine = self._engine_or_none
             if engine is not None and not engine.is_closed:
                 return list(engine.scheduler.live)

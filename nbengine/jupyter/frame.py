@@ -8,8 +8,10 @@ were. `past` makes a message of an earlier step, from the history alone. No widg
 
 from __future__ import annotations
 
+import time
 import traceback
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +26,7 @@ from nbengine.jupyter.cells import BlockCells, Slots, encode_steps
 from nbengine.jupyter.views import record_html, tail, why_it_waits
 from nbengine.outputs import RequestMetrics, RequestOutput
 
-MAX_SEQUENCES = 100
+MAX_SEQUENCES = 64
 """Rows of the queue table; the block map and the timeline know all."""
 MAX_STEPS = 1000
 """Steps in one message: a page asks for others when it comes to show them."""
@@ -86,12 +88,12 @@ class Moment:
     num_cached: int
     num_blocks: int
     block_size: int
-    tokens_per_second: float
-    """Output tokens."""
+    time: float
+    """Seconds on the engine's clock."""
+    cost: float
+    """Seconds for which the engine's thread was held."""
     finished: tuple[dict[str, Any], ...]
     """The latest requests to end, newest first."""
-    hit_rate: float | None
-    """Of prompt tokens, lately."""
 
 
 def gather(engine: Engine, feed: Feed, selected: str | None = None) -> Moment:
@@ -110,6 +112,7 @@ def gather(engine: Engine, feed: Feed, selected: str | None = None) -> Moment:
 
 
 def _gather(engine: Engine, feed: Feed, selected: str | None) -> Moment:
+    began = time.perf_counter()
     scheduler, history, pool = engine.scheduler, engine.history, engine.scheduler.pool
     step, num_new = scheduler.step_count, scheduler.step_count - feed.step
     cells = None
@@ -127,9 +130,10 @@ def _gather(engine: Engine, feed: Feed, selected: str | None) -> Moment:
     records = tuple(history[-k] for k in range(num_new, 0, -1))
     waits = why_it_waits(history[-1] if len(history) else None)
     head = next((w.seq_id for w in waits.values() if not w.got), None)
+    requests = engine._requests
     queued = [*scheduler.running[:MAX_SEQUENCES], *scheduler.waiting[:MAX_SEQUENCES]]
     rows = [
-        _row(seq, engine._text_of(seq), engine.metrics(seq.request.request_id), waits, head)
+        _row(seq, requests.text_of(seq), requests[seq.request.request_id].metrics, waits, head)
         for seq in queued[:MAX_SEQUENCES]
     ]
     tails = array("I")
@@ -160,9 +164,9 @@ def _gather(engine: Engine, feed: Feed, selected: str | None) -> Moment:
         num_cached=pool.num_cached,
         num_blocks=pool.num_blocks,
         block_size=pool.block_size,
-        tokens_per_second=_tokens_per_second(engine),
+        time=engine.clock(),
         finished=tuple(_finished(engine, feed, records)),
-        hit_rate=_hit_rate(history),
+        cost=time.perf_counter() - began,
     )
 
 
@@ -255,29 +259,39 @@ def _ended_row(output: RequestOutput) -> dict[str, Any]:
     }
 
 
-def _tokens_per_second(engine: Engine) -> float:
-    now, history = engine.clock(), engine.history
-    if not len(history):
-        return 0.0
-    window = max(SPEED_WINDOW, 4 * history[-1].phases.total)  # a few steps, if steps are slow
-    num_tokens, since = 0, now
-    for k in range(1, min(1000, len(history)) + 1):
-        record = history[-k]
-        if now - record.time > window:
-            break
-        num_tokens += len(record.sampled)
-        since = record.time
-    return num_tokens / (now - since) if now > since else 0.0
+class _Rates:
+    """How fast tokens come, and how many prompt tokens the prefix cache spared, of the latest steps."""
 
+    def __init__(self) -> None:
+        self._steps: deque[StepRecord] = deque(maxlen=1000)
+        self._num_sampled = 0
+        self._lookups: deque[tuple[int, int]] = deque(maxlen=100)
 
-def _hit_rate(history: History) -> float | None:
-    """Of the prompt tokens looked up in the last 100 steps."""
-    hit = looked_up = 0
-    for k in range(1, min(100, len(history)) + 1):
-        for admission in history[-k].admitted:
-            hit += admission.prefix.num_hit_tokens
-            looked_up += admission.prefix.num_tokens
-    return hit / looked_up if looked_up else None
+    def add(self, records: Iterable[StepRecord]) -> None:
+        for record in records:
+            if len(self._steps) == self._steps.maxlen:
+                self._num_sampled -= len(self._steps[0].sampled)
+            self._steps.append(record)
+            self._num_sampled += len(record.sampled)
+            self._lookups += [
+                (a.prefix.num_hit_tokens, a.prefix.num_tokens) for a in record.admitted
+            ]
+
+    def tokens_per_second(self, now: float) -> float:
+        """Output tokens, of `SPEED_WINDOW`, or a few steps if steps are slow."""
+        steps = self._steps
+        if not steps:
+            return 0.0
+        window = max(SPEED_WINDOW, 4 * steps[-1].phases.total)
+        while steps and now - steps[0].time > window:
+            self._num_sampled -= len(steps.popleft().sampled)
+        return self._num_sampled / (now - steps[0].time) if steps and now > steps[0].time else 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Of the prompt tokens of the latest admissions; None before the first."""
+        looked_up = sum(n for _, n in self._lookups)
+        return sum(hit for hit, _ in self._lookups) / looked_up if looked_up else None
 
 
 # ---------------------------------------------------------------------- messages
@@ -296,6 +310,7 @@ class Feed:
         self.finished: tuple[dict[str, Any], ...] = ()
         self._rows: dict[str, dict[str, Any]] = {}
         self._num_names = 0
+        self._rates = _Rates()
 
     def forget(self) -> None:
         """A page is new, or has lost a message: the next one is whole."""
@@ -318,6 +333,9 @@ class Feed:
                 self.cells.apply(record)
             blocks = self.cells.changes()
         is_cut = moment.num_cuts != self.num_cuts
+        if is_cut:
+            self._rates = _Rates()
+        self._rates.add(r for r in moment.records if r.step > self.step or is_cut)
         self.step, self.num_cuts = moment.step, moment.num_cuts
         self.alive = tuple(dict.fromkeys(row["request"] for row in moment.rows))
         self.finished = moment.finished
@@ -346,8 +364,8 @@ class Feed:
             "num_cached": moment.num_cached,
             "num_blocks": moment.num_blocks,
             "block_size": moment.block_size,
-            "tokens_per_second": round(moment.tokens_per_second, 1),
-            "hit_rate": moment.hit_rate,
+            "tokens_per_second": round(self._rates.tokens_per_second(moment.time), 1),
+            "hit_rate": self._rates.hit_rate,
             "failure": moment.failure and asdict(moment.failure),
         }
         if moment.records:

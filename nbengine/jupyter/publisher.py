@@ -6,7 +6,8 @@ a second, and a server keeps those for an absent page in memory; with one frame 
 happens. Without an acknowledgement (no page, a hidden one, a lost message) it sends a whole frame
 after a second, then ever more rarely, until a page answers or says that it is new.
 
-It holds the engine weakly, and ends when the engine is closed or collected.
+While the engine runs, it takes at most a fortieth of its time: a frame that costs more comes more
+rarely. It holds the engine weakly, and ends when the engine is closed or collected.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ IDLE_POLL_SECONDS = 0.25
 """How often an engine without work is looked at (a glance at a few numbers, no message)."""
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0
+MOST_OF_THE_TIME = 0.025
+"""What a frame costs, of the time between two of them, while the engine runs."""
 
 
 class Publisher:
-    """Calls `show(engine, seq, is_whole)` on its own thread when there is something new to show,
-    and `ended()` once, as its last act."""
+    """Calls `show(engine, seq, is_whole)` on its own thread when there is something new to show (it
+    returns the seconds for which it held the engine's), and `ended()` once, as its last act."""
 
     def __init__(
         self,
         engine: Engine,
-        show: Callable[[Engine, int, bool], None],
+        show: Callable[[Engine, int, bool], float],
         ended: Callable[[], None],
         max_hz: float = 30.0,
     ) -> None:
@@ -46,6 +49,8 @@ class Publisher:
         self._sent = 0
         self._acknowledged = 0
         self._sent_at = -1e9
+        self._cost = 0.0
+        """Seconds that the last frame took."""
         self._retry = FIRST_RETRY_SECONDS
         self._seen: object = None
         self._poll = IDLE_POLL_SECONDS
@@ -113,7 +118,10 @@ class Publisher:
         if _glance(engine) == self._seen and not self._is_stale:
             self._poll = self._interval if engine.has_work else IDLE_POLL_SECONDS
             return True
-        if self._stopping.wait(max(0.0, self._interval - elapsed)):
+        pause = self._interval
+        if engine.is_running and not self._must_be_whole:
+            pause = max(pause, self._cost / MOST_OF_THE_TIME)
+        if self._stopping.wait(max(0.0, pause - elapsed)):
             return True
         if unanswered:
             self._retry = min(2 * self._retry, LAST_RETRY_SECONDS)
@@ -122,14 +130,16 @@ class Publisher:
         self._is_stale = False
         self._seen = _glance(engine)  # before the frame: what comes later is seen next time
         is_whole, self._must_be_whole = self._must_be_whole, False
+        began = time.thread_time()
         self._sent += 1
         try:
             if self._context is None:
-                self._show(engine, self._sent, is_whole)
+                held = self._show(engine, self._sent, is_whole)
             else:
-                self._context.run(self._show, engine, self._sent, is_whole)
+                held = self._context.run(self._show, engine, self._sent, is_whole)
         except EngineClosed:
             return False
+        self._cost = held + time.thread_time() - began
         self._sent_at = time.monotonic()
         return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,17 +26,6 @@ def make_engine() -> Iterator[Callable[..., ScriptedEngine]]:
     for engine in engines:
         engine.runner.gate.set()
         engine.close()
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """Wait until `holds()` is true, and return what it gave."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = holds()
-        if value:
-            return value
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.005)
 
 
 class Notebook:

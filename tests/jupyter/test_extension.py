@@ -12,8 +12,9 @@ from nbengine import SamplingParams
 from nbengine.jupyter import extension
 from nbengine.jupyter.dashboard import Dashboard
 from nbengine.llm import LLM
-from tests.jupyter.conftest import Notebook, eventually
+from tests.jupyter.conftest import Notebook
 from tests.jupyter.scripted import ScriptedEngine
+from tests.waiting import eventually
 
 MAGICS = [
     "nb_load",
@@ -319,3 +320,22 @@ def test_every_engine_option_is_a_field_of_the_config() -> None:
     fields = set(extension.EngineConfig.__dataclass_fields__)
     offered = {*extension._LOAD, *extension._LOAD_SWITCHES, *extension._LOAD_FLAGS, "model"}
     assert {name.replace("-", "_") for name in offered} == fields
+
+
+def test_breakpoints_rewind_and_probe_have_magics(notebook: Notebook) -> None:
+    engine = notebook.shell.user_ns["engine"] = ScriptedEngine(model="scripted")
+    for n in (6, 9):
+        engine.add_request("a b c", SamplingParams(max_tokens=n))
+    (stop,) = notebook.value("%nb_break finish")
+    engine.run()
+    assert engine.stopped_at.breakpoint is stop and engine.scheduler.step_count == 6
+    assert notebook.value("%nb_break --clear") == ()
+    assert notebook.value("%nb_status --at 2").step == 2
+    assert "rewound to step 3" in str(notebook.value("%nb_rewind 3"))
+    assert engine.scheduler.step_count == 3
+    notebook.run("%nb_run --until finish")
+    eventually(lambda: engine.stopped_at)
+    assert engine.scheduler.step_count == 6 and not engine.breakpoints
+    assert "no state after step 99" in notebook.run("%nb_rewind 99")
+    assert "the names are preemption" in notebook.run("%nb_break nothing")
+    engine.close()
