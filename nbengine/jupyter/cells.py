@@ -133,11 +133,17 @@ def encode_steps(records: Iterable[StepRecord], slots: Slots) -> tuple[array[flo
     Returns:
         float64 `[num_steps, 18]`: step, time, seconds of the four phases, tokens, budget, output
         tokens, prefix-hit tokens, tokens looked up, blocks held, cached and free, sequences running
-        and waiting, whether the step was taken back, number of entries; and all entries, uint32
-        pairs (slot, code << 24 | n): tokens computed, wanted, lost or hit, by the code.
+        and waiting, whether the step was taken back, number of entries (-1: the same as those of the
+        step before); and all entries, uint32 pairs (slot, code << 24 | n): tokens computed, wanted,
+        lost or hit, by the code.
     """
     rows, entries = array("d"), array("I")
+    before = None
     for record in records:
+        if before is not None and _happens_again(before, record):
+            rows.extend((*_numbers(record), -1))
+            continue
+        before = record
         start = len(entries)
         sampled = record.sampled
         for request in record.added:
@@ -164,14 +170,26 @@ def encode_steps(records: Iterable[StepRecord], slots: Slots) -> tuple[array[flo
             entries.extend((slots[preemption.seq_id], code << 24 | lost))
         for finish in record.finished:
             entries.extend((slots[finish.seq_id], FINISHED << 24))
-        rows.extend(
-            (
-                record.step, record.time, *record.phases, record.num_tokens, record.token_budget,
-                len(sampled), record.num_hit_tokens,
-                sum(a.prefix.num_tokens for a in record.admitted),
-                record.num_held_blocks, record.num_cached_blocks, record.num_free_blocks,
-                record.num_running, record.num_waiting, record.error is not None,
-                (len(entries) - start) // 2,
-            )
-        )  # fmt: skip
+        rows.extend((*_numbers(record), (len(entries) - start) // 2))
     return rows, entries
+
+
+def _happens_again(before: StepRecord, record: StepRecord) -> bool:
+    """Most steps decode the same sequences as the one before, and nothing else happens."""
+    return (
+        record.scheduled == before.scheduled
+        and record.sampled.keys() == before.sampled.keys()
+        and record.waits == before.waits
+        and not (record.added or record.admitted or record.preempted or record.finished)
+        and not (before.added or before.admitted or before.preempted or before.finished)
+    )
+
+
+def _numbers(record: StepRecord) -> tuple[float, ...]:
+    return (
+        record.step, record.time, *record.phases, record.num_tokens, record.token_budget,
+        len(record.sampled), record.num_hit_tokens,
+        sum(a.prefix.num_tokens for a in record.admitted),
+        record.num_held_blocks, record.num_cached_blocks, record.num_free_blocks,
+        record.num_running, record.num_waiting, record.error is not None,
+    )  # fmt: skip

@@ -28,7 +28,7 @@ from nbengine.outputs import RequestMetrics, RequestOutput
 
 MAX_SEQUENCES = 64
 """Rows of the queue table; the block map and the timeline know all."""
-MAX_STEPS = 1000
+MAX_STEPS = 400
 """Steps in one message: a page asks for others when it comes to show them."""
 MAX_FINISHED = 6
 TEXT_TAIL = 170
@@ -190,7 +190,7 @@ def _row(
         "num_cached": seq.num_cached_tokens,
         "num_preemptions": seq.num_preemptions,
         "num_blocks": len(seq.block_table),
-        "text": tail(text, TEXT_TAIL),
+        "text": text[-TEXT_TAIL:],
         "ttft": _rounded(metrics.ttft) if metrics else None,
         "speed": round(1 / tpot, 1) if tpot else None,
         "why": _why(seq, waits, head),

@@ -1,7 +1,7 @@
 """The one thread that writes to a dashboard's widget.
 
-It sends what has changed since the last frame, never a backlog: at most `max_hz` frames a second, and
-the next one only when a page has acknowledged the last. Jupyter drops messages silently beyond 1,000
+It sends what has changed since the last frame, never a backlog: at most 30 frames a second (12 while
+the engine runs), and the next one only when a page has acknowledged the last. Jupyter drops messages silently beyond 1,000
 a second, and a server keeps those for an absent page in memory; with one frame in flight neither
 happens. Without an acknowledgement (no page, a hidden one, a lost message) it sends a whole frame
 after a second, then ever more rarely, until a page answers or says that it is new.
@@ -23,6 +23,9 @@ from nbengine.errors import EngineClosed
 
 IDLE_POLL_SECONDS = 0.25
 """How often an engine without work is looked at (a glance at a few numbers, no message)."""
+SHORTEST_PAUSE = 1 / 30
+SHORTEST_PAUSE_RUNNING = 1 / 12
+LONGEST_PAUSE = 1 / 2
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0
 MOST_OF_THE_TIME = 0.025
@@ -38,11 +41,9 @@ class Publisher:
         engine: Engine,
         show: Callable[[Engine, int, bool], float],
         ended: Callable[[], None],
-        max_hz: float = 30.0,
     ) -> None:
         self._engine = weakref.ref(engine)
         self._show, self._ended = show, ended
-        self._interval = 1.0 / max_hz
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._is_stale = True  # something to show that the engine's numbers don't tell
@@ -50,7 +51,7 @@ class Publisher:
         self._acknowledged = 0
         self._sent_at = -1e9
         self._cost = 0.0
-        """Seconds that the last frame took."""
+        """Seconds that the last frame of differences took."""
         self._retry = FIRST_RETRY_SECONDS
         self._seen: object = None
         self._poll = IDLE_POLL_SECONDS
@@ -116,11 +117,12 @@ class Publisher:
         if unanswered and elapsed < self._retry:
             return True
         if _glance(engine) == self._seen and not self._is_stale:
-            self._poll = self._interval if engine.has_work else IDLE_POLL_SECONDS
+            self._poll = SHORTEST_PAUSE if engine.has_work else IDLE_POLL_SECONDS
             return True
-        pause = self._interval
+        pause = SHORTEST_PAUSE
         if engine.is_running and not self._must_be_whole:
-            pause = max(pause, self._cost / MOST_OF_THE_TIME)
+            wanted = max(SHORTEST_PAUSE_RUNNING, self._cost / MOST_OF_THE_TIME)
+            pause = min(wanted, LONGEST_PAUSE)
         if self._stopping.wait(max(0.0, pause - elapsed)):
             return True
         if unanswered:
@@ -139,7 +141,8 @@ class Publisher:
                 held = self._context.run(self._show, engine, self._sent, is_whole)
         except EngineClosed:
             return False
-        self._cost = held + time.thread_time() - began
+        if not is_whole:  # which is rare, and tells nothing of the next ones
+            self._cost = held + time.thread_time() - began
         self._sent_at = time.monotonic()
         return True
 

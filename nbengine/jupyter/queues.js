@@ -87,7 +87,7 @@ function createQueues({ palette, onWhy, onAbort, onSelect, onHover }) {
     setText(rate, speed(item.speed));
     setText(blocks, String(item.num_blocks));
     const line = text.firstElementChild.firstElementChild;
-    setText(line, item.text);
+    setText(line, item.text.replace(/\s+/g, " "));
     if (item.why) line.append(h("em", {}, (item.text ? " · " : "") + item.why));
     for (const button of actions.children) button.disabled = isPast;
   }

@@ -20,10 +20,11 @@ function createSteps() {
 
   steps.add = (numbers, entries) => {
     let start = 0;
+    let same; // the entries of the step before
     for (let at = 0; at < numbers.length; at += ROW_NUMBERS) {
       const n = numbers.subarray(at, at + ROW_NUMBERS);
       const phases = [n[2], n[3], n[4], n[5]];
-      const end = start + 2 * n[17];
+      const end = start + 2 * Math.max(0, n[17]);
       rows.set(n[0], {
         step: n[0],
         time: n[1],
@@ -40,8 +41,9 @@ function createSteps() {
         numRunning: n[14],
         numWaiting: n[15],
         failed: n[16] > 0,
-        entries: entries.slice(start, end),
+        entries: n[17] < 0 ? same : entries.slice(start, end),
       });
+      same = rows.get(n[0]).entries;
       start = end;
     }
   };

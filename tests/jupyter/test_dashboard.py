@@ -97,9 +97,9 @@ class Page:
         for at in range(0, len(rows), ROW_NUMBERS):
             row = rows[at : at + ROW_NUMBERS].tolist()
             self.steps[int(row[0])] = row
-            self.entries[int(row[0])] = [
-                (next(codes), *divmod(next(codes), 1 << 24)) for _ in range(int(row[-1]))
-            ]
+            if row[-1] >= 0:
+                same = [(next(codes), *divmod(next(codes), 1 << 24)) for _ in range(int(row[-1]))]
+            self.entries[int(row[0])] = same
 
     def send(self, kind: str, **fields: Any) -> None:
         self.dashboard.receive({"type": kind, **fields})
@@ -224,6 +224,11 @@ def test_differences_add_up_to_the_whole(make_engine: MakeEngine) -> None:
     assert len(differences) > 40
     page.wait(lambda state: state["step"] == engine.scheduler.step_count)
     assert sorted(page.steps) == [record.step for record in engine.history]
+    for record in engine.history:
+        computed = {
+            page.names[slot]: n for slot, code, n in page.entries[record.step] if code < WAIT
+        }
+        assert computed == record.scheduled, record.step
     assert page.names == {slot: name for slot, name, _ in page.dashboard._feed.slots.names()}
 
 
