@@ -1,8 +1,9 @@
-"""Take the picture of the dashboard that the README shows: a real model in a real JupyterLab.
+"""Take the pictures that the README shows, of a real model in a real JupyterLab.
 
-    python scripts/screenshot_dashboard.py [--theme dark] [--out docs/images/dashboard.png]
+    python scripts/screenshot_dashboard.py [--theme dark] [--only dashboard|kernel_bench]
 
-Needs the extras `notebook` and `test`, the model, and the system's Chromium.
+They go to docs/images/. Needs the extras `notebook`, `cuda` and `test`, the model, and the system's
+Chromium.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from tests.browser.lab import CHROMIUM_ARGUMENTS, Lab, NotebookPage, find_chromium  # noqa: E402
 
-SOURCES = [
+DASHBOARD = [
     """\
 %load_ext nbengine
 %nb_load smollm2-135m --quantization int4 --num-gpu-blocks-override 40 --max-num-seqs 5 --max-num-batched-tokens 64""",
@@ -33,16 +35,40 @@ Tell me something surprising about octopuses.
 How does a bicycle stay upright?""",
     "%nb_dashboard",
 ]
-SHOW = 2
-MIN_STEPS = 40
+KERNEL_BENCH = ["%load_ext nbengine", "%nb_watch paged_attention_decode"]
+MIN_STEPS = 90
+
+
+def dashboard(page: Any, notebook: NotebookPage, out: Path) -> None:
+    notebook.run_all()
+    root = page.locator(".nbe")
+    root.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_function(f"() => +document.querySelector('.nbe')?.dataset.step > {MIN_STEPS}")
+    root.get_by_role("combobox", name="Run until").select_option("preemption")
+    page.wait_for_selector(".nbe[data-running=false]")
+    root.locator(".nbe-name").nth(2).click()
+    page.wait_for_selector("tr.nbe-selected")
+    page.mouse.move(2, 2)
+    page.wait_for_timeout(600)
+    page.locator(".jp-Notebook-cell").nth(2).screenshot(path=out)
+
+
+def kernel_bench(page: Any, notebook: NotebookPage, out: Path) -> None:
+    for index in range(len(KERNEL_BENCH)):
+        notebook.run(index)
+    page.locator(".nbk").wait_for()
+    page.wait_for_timeout(1000)
+    page.locator(".jp-Notebook-cell").last.screenshot(path=out)
+
+
+PICTURES = {"dashboard": (DASHBOARD, dashboard), "kernel_bench": (KERNEL_BENCH, kernel_bench)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--theme", choices=("light", "dark"), default="light")
-    parser.add_argument(
-        "--out", type=Path, default=REPOSITORY / "docs" / "images" / "dashboard.png"
-    )
+    parser.add_argument("--only", choices=PICTURES)
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "docs" / "images")
     arguments = parser.parse_args()
     chromium = find_chromium()
     if chromium is None:
@@ -53,27 +79,21 @@ def main() -> None:
         lab = Lab(Path(folder), theme=f"JupyterLab {arguments.theme.title()}")
         try:
             browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
-            page = browser.new_page(
-                viewport={"width": 1180, "height": 1400}, device_scale_factor=1.25
-            )
-            page.set_default_timeout(600_000)
-            notebook = NotebookPage(lab, page, SOURCES, name="dashboard.ipynb")
-            page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
-            notebook.run_all()
-            dashboard = page.locator(".nbe")
-            dashboard.get_by_role("button", name="Run", exact=True).click()
-            # A moment with something of everything: one was preempted just now, some wait.
-            page.wait_for_function(
-                f"() => +document.querySelector('.nbe').dataset.step > {MIN_STEPS} &&"
-                " [...document.querySelectorAll('.nbe-log tbody tr')].slice(2, 9)"
-                ".some((row) => row.innerText.includes('preempted'))"
-            )
-            dashboard.get_by_role("button", name="Why req-", exact=False).last.click()
-            page.wait_for_selector(".nbe-why:not([hidden])")
-            page.locator(".jp-Notebook-cell").nth(SHOW).screenshot(path=arguments.out)
+            for name, (sources, take) in PICTURES.items():
+                if arguments.only not in (None, name):
+                    continue
+                page = browser.new_page(
+                    viewport={"width": 1180, "height": 1800}, device_scale_factor=1.25
+                )
+                page.set_default_timeout(60_000)
+                notebook = NotebookPage(lab, page, sources, name=f"{name}.ipynb")
+                page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+                out = arguments.folder / f"{name}.png"
+                take(page, notebook, out)
+                print(f"{out}: {out.stat().st_size / 1024:.0f} KiB")
+                page.close()
         finally:
             lab.close()
-    print(f"{arguments.out}: {arguments.out.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":
