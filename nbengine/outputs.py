@@ -316,12 +316,14 @@ class RequestState:
         )
         return tokens + sum(map(len, logprobs))
 
-    def rewound(self, live: LiveRequest) -> RequestState:
-        """The same request cut back to `live`, an earlier state of it: text and logprobs of the
-        tokens that it had then. A subscriber stays, and gets again what comes after them."""
+    def rewound(self, live: LiveRequest, now: float) -> RequestState:
+        """The same request cut back to `live`, its state at `now`, an earlier time: text and logprobs
+        of the tokens that it had then. A subscriber stays, and gets again what comes after them."""
         num_tokens = max(len(seq.output_token_ids) for seq in live.sequences)
         metrics = dataclasses.replace(
-            self.metrics, token_times=self.metrics.token_times[:num_tokens], finished_time=None
+            self.metrics,
+            token_times=[time for time in self.metrics.token_times if time <= now],
+            finished_time=None,
         )
         if all(seq.status is Status.WAITING for seq in live.sequences):
             metrics.first_scheduled_time = None
@@ -359,6 +361,8 @@ class RequestState:
                     sample.detokenizer.take_delta()
             if seq.is_finished:
                 sample.detokenizer.finish()
+                if sample.num_delivered == sample.num_tokens:
+                    sample.detokenizer.take_delta()  # with what had been held back
         return sample
 
     def retire(self) -> None:
