@@ -16,6 +16,7 @@ import queue
 import random
 import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
@@ -26,7 +27,6 @@ from nbengine.admission import Admission, Params, Prompt
 from nbengine.config import EngineConfig
 from nbengine.core.breakpoints import Breakpoint, Condition, Stop, condition
 from nbengine.core.history import History
-from nbengine.core.plan import StepOutput
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
@@ -114,7 +114,8 @@ class Engine:
         self._breakpoints: list[Breakpoint] = []
         self.stopped_at: Stop | None = None
         """The breakpoint that the last run ended at, if it ended at one."""
-        self._rewound: Rewind | None = None
+        self._rewound: weakref.ref[Rewind] | None = None
+        """The last one, as long as anybody can read it: it holds all records that were dropped."""
         self._thread = EngineThread(self, name="nbengine")
         try:
             self._thread.call(lambda: self._load(config))
@@ -216,15 +217,20 @@ class Engine:
         try:
             began = clock()
             plan = scheduler.schedule()
-            plan.keeps_logits = self._rewound is not None and self._rewound.is_watching
+            rewound = self._rewound() if self._rewound is not None else None
+            plan.keeps_logits = rewound is not None and rewound.watches(plan)
             scheduled = clock()
             batch = self._runner.prepare(plan)
             prepared = clock()
             output = self._runner.compute(batch)
             executed = clock()
             advanced = scheduler.commit(output)
-            if plan.keeps_logits:
-                self._compare_with_before(advanced, output)
+            if rewound is not None and plan.keeps_logits:
+                for seq in advanced:
+                    logits = output.logits.get(
+                        seq.seq_id, output.logits.get(seq.request.request_id)
+                    )
+                    rewound.compare(seq, scheduler.step_count + 1, logits)
             self._requests.take(plan, output, advanced, scheduler.finish)
             return scheduler.seal(
                 Phases(
@@ -619,9 +625,8 @@ class Engine:
         self._is_started, self.error, self.stopped_at = False, None, None
         expected, gone = self._requests.rewind(alive, dropped, self.tokenizer)
         decode = self.tokenizer.decode if self.tokenizer is not None else None
-        rewound = self._rewound = Rewind(
-            step, dropped, expected, lambda token: decode([token]) if decode else ""
-        )
+        rewound = Rewind(step, dropped, expected, lambda token: decode([token]) if decode else "")
+        self._rewound = weakref.ref(rewound)
         self._requests.tell_gone(gone, self.clock())  # last: a subscriber may go on from here
         return rewound
 
@@ -641,12 +646,6 @@ class Engine:
 
         policy = self.scheduler.policy if policy is None else policy
         return fork(self.history, step, self.scheduler.config, policy, **changes)
-
-    def _compare_with_before(self, advanced: list[Sequence], output: StepOutput) -> None:
-        assert self._rewound is not None
-        for seq in advanced:
-            logits = output.logits.get(seq.seq_id, output.logits.get(seq.request.request_id))
-            self._rewound.compare(seq, self.scheduler.step_count + 1, logits)
 
     # ------------------------------------------------------------------ looking in
 

@@ -329,7 +329,8 @@ class RequestState:
             metrics.first_scheduled_time = None
         state = RequestState(live, self.prompt, self.tokenizer, metrics, self.subscriber)
         if num_tokens:
-            state.prompt_logprobs = self.prompt_logprobs
+            is_forgotten = not self.samples and not isinstance(self.params, BeamSearchParams)
+            state.prompt_logprobs = None if is_forgotten else self.prompt_logprobs
         if isinstance(self.params, SamplingParams):
             for seq in live.sequences:
                 if seq.output_token_ids:
@@ -346,7 +347,9 @@ class RequestState:
         sample.num_tokens = len(tokens)
         if before is not None:
             sample.num_delivered = min(before.num_delivered, len(tokens))
-        if sample.logprobs is not None and before is not None and before.logprobs is not None:
+        if before is None or before.logprobs is None:
+            sample.logprobs = None  # or those of its first tokens are forgotten
+        elif sample.logprobs is not None:
             sample.logprobs = before.logprobs[: len(tokens)]
             sample.cumulative_logprob = sum(
                 entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)

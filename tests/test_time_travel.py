@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 
@@ -477,3 +479,51 @@ class TestBreakpointsAndWhoWaits:
         assert len(heard) == 1, "the step's output is delivered all the same"
         engine.run()
         assert heard[-1].finished
+
+
+class TestWhatIsNotKept:
+    def test_logprobs_of_a_request_whose_name_was_taken_are_none_not_misplaced(self, make):
+        engine = make()
+        params = SamplingParams(
+            temperature=0, max_tokens=9, ignore_eos=True, logprobs=1, prompt_logprobs=1
+        )
+        engine.add_request(PROMPTS[0], params, request_id="a")
+        engine.run()
+        was = engine.output("a").outputs[0].token_ids
+        engine.add_request(
+            PROMPTS[1], GREEDY, request_id="a"
+        )  # the first one's output is forgotten
+        engine.step()
+        for step in (4, 0):
+            engine.rewind(step)
+            if step == 0:
+                engine.add_request(PROMPTS[0], params, request_id="a")
+            engine.run()
+            output = engine.output("a")
+            assert output.outputs[0].token_ids == was
+            assert (output.outputs[0].logprobs is None) == (step == 4)
+            assert (output.prompt_logprobs is None) == (step == 4)
+
+    def test_logits_are_kept_only_while_there_is_something_to_compare(self, make, monkeypatch):
+        engine = make()
+        kept = []
+        compute = engine._runner.compute
+
+        def seen(prepared):
+            kept.append(prepared.plan.keeps_logits)
+            return compute(prepared)
+
+        monkeypatch.setattr(engine._runner, "compute", seen)
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a")
+        engine.add_request(PROMPTS[1], GREEDY, request_id="b")
+        engine.run(8)
+        rewound = engine.rewind(4)
+        engine.step(2)
+        engine.abort("a", "b")  # so that its tokens never come again
+        engine.add_request(PROMPTS[2], GREEDY, request_id="c")
+        engine.run(6)
+        assert rewound.num_equal == 4 and kept == [False] * 8 + [True] * 2 + [False] * 6
+        alive = weakref.ref(engine.rewind(10))
+        del rewound
+        gc.collect()
+        assert alive() is None, "nobody can read it, so its records are not kept"
