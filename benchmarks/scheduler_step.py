@@ -1,7 +1,7 @@
 """How long do the scheduler's decisions take for 256 running sequences, and does it stay flat?
 
 Schedules, commits and seals steps of 256 decoding sequences (prompts of 512 tokens, blocks of 16,
-prefix caching on, a history within its usual bounds) and no model at all: a run's first 1,000
+prefix caching on, a history with keyframes within its usual bounds) and no model at all: a run's first 1,000
 steps and those after 3,000. Then the old run alternates with a young one, so that what else the
 machine does meets both alike, for the ratio. Wall time on one thread, in this process.
 
@@ -25,6 +25,7 @@ from nbengine.core.records import Phases
 from nbengine.core.request import Request
 from nbengine.core.sampling_params import SamplingParams
 from nbengine.core.scheduler import Scheduler, SchedulerConfig
+from nbengine.core.state import Keyframe
 
 NUM_SEQS, PROMPT, BLOCK_SIZE = 256, 512, 16
 AGE, MEASURED = 3000, 1000
@@ -70,6 +71,8 @@ class Decoding:
         self.scheduler.commit(output)
         committed = clock()
         self.history.append(self.scheduler.seal(Phases()))
+        if self.history.wants_keyframe:
+            self.history.keep(Keyframe(self.scheduler))
         sealed = clock()
         self.times.append(
             (1e6 * (scheduled - start), 1e6 * (committed - executed), 1e6 * (sealed - committed))

@@ -16,6 +16,7 @@ import queue
 import random
 import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
@@ -26,7 +27,6 @@ from nbengine.admission import Admission, Params, Prompt
 from nbengine.config import EngineConfig
 from nbengine.core.breakpoints import Breakpoint, Condition, Stop, condition
 from nbengine.core.history import History
-from nbengine.core.plan import StepOutput
 from nbengine.core.policies import Policy
 from nbengine.core.records import Phases, StepRecord
 from nbengine.core.request import Request, Sequence
@@ -114,7 +114,8 @@ class Engine:
         self._breakpoints: list[Breakpoint] = []
         self.stopped_at: Stop | None = None
         """The breakpoint that the last run ended at, if it ended at one."""
-        self._rewound: Rewind | None = None
+        self._rewound: weakref.ref[Rewind] | None = None
+        """The last one, as long as anybody can read it: it holds all records that were dropped."""
         self._thread = EngineThread(self, name="nbengine")
         try:
             self._thread.call(lambda: self._load(config))
@@ -166,23 +167,32 @@ class Engine:
     # ------------------------------------------------------------------ the step
 
     def step(self, n: int = 1) -> StepRecord:
-        """Take `n` steps (fewer if the work ends, or a breakpoint is met) and return the last one's
-        record.
+        """Take `n` steps (fewer if the work ends, a breakpoint is met, or the engine is rewound) and
+        return the last one's record.
 
         Raises:
             whatever the model raised. The step is then taken back: nothing is lost, and what it
             touched is computed again in the next one.
         """
         _check_positive("n", n)
-        record = self._call(self._step)
+        num_cuts = self.history.num_cuts
+        record = self._call(self._asked_step)
         for _ in range(n - 1):
-            if not self.has_work or self.stopped_at is not None:
+            if not self.has_work or self._is_stopped(num_cuts):
                 break
-            record = self._call(self._step)
+            record = self._call(self._asked_step)
         return record
 
+    def _is_stopped(self, num_cuts: int) -> bool:
+        """Whether a breakpoint was met, or the engine rewound since there were `num_cuts`."""
+        return self.stopped_at is not None or self.history.num_cuts != num_cuts
+
+    def _asked_step(self) -> StepRecord:
+        self.stopped_at = None  # steps for those who wait for an answer go on behind it
+        return self._step()
+
     def _step(self) -> StepRecord:
-        self._failure = self.stopped_at = None
+        self._failure = None
         try:
             record = self._take_step()
         except BaseException as error:
@@ -207,15 +217,20 @@ class Engine:
         try:
             began = clock()
             plan = scheduler.schedule()
-            plan.keeps_logits = self._rewound is not None and self._rewound.is_watching
+            rewound = self._rewound() if self._rewound is not None else None
+            plan.keeps_logits = rewound is not None and rewound.watches(plan)
             scheduled = clock()
             batch = self._runner.prepare(plan)
             prepared = clock()
             output = self._runner.compute(batch)
             executed = clock()
             advanced = scheduler.commit(output)
-            if plan.keeps_logits:
-                self._compare_with_before(advanced, output)
+            if rewound is not None and plan.keeps_logits:
+                for seq in advanced:
+                    logits = output.logits.get(
+                        seq.seq_id, output.logits.get(seq.request.request_id)
+                    )
+                    rewound.compare(seq, scheduler.step_count + 1, logits)
             self._requests.take(plan, output, advanced, scheduler.finish)
             return scheduler.seal(
                 Phases(
@@ -229,13 +244,17 @@ class Engine:
             self._is_stepping = False
 
     def _publish(self, record: StepRecord) -> None:
-        """Tell everybody who is interested in a step that is over."""
+        """Tell everybody who is interested in a step that is over, until one of them rewinds."""
+        num_cuts = self.history.num_cuts
         self.history.append(record)
         if self.history.wants_keyframe:
             self.history.keep(Keyframe(self.scheduler))
         self._stop_at_breakpoints(record)
-        self._requests.deliver(record, self.clock())
+        if self.history.num_cuts == num_cuts:
+            self._requests.deliver(record, self.clock())
         for listener in tuple(self._on_step):
+            if self.history.num_cuts != num_cuts:
+                return
             try:
                 listener(record)
             except Exception:
@@ -243,13 +262,16 @@ class Engine:
                 self._remove_listener(listener)
 
     def _stop_at_breakpoints(self, record: StepRecord) -> None:
+        num_cuts = self.history.num_cuts
         self._breakpoints = [b for b in self._breakpoints if b.is_enabled]
         for each in self._breakpoints:
             error = None
             try:
-                holds = each.holds(record)
+                holds = bool(each.holds(record))
             except Exception as raised:
                 error, holds = raised, True
+            if self.history.num_cuts != num_cuts:
+                return  # the condition has rewound: what it looked at is no more
             if holds:
                 each.num_hits += 1
                 if each.is_for_once or error is not None:
@@ -409,18 +431,19 @@ class Engine:
     def run(
         self, max_steps: int | None = None, until: str | Condition | None = None
     ) -> StepRecord | None:
-        """Step until no work is left, `max_steps` were taken, a breakpoint is met, or `until` is: the
-        name of a condition (see `break_on`) or a function of the `StepRecord`. Returns the last
-        record. Interrupting it leaves the engine as it is after the current step."""
+        """Step until no work is left, `max_steps` were taken, a breakpoint is met, the engine is
+        rewound, or `until` is met: the name of a condition (see `break_on`) or a function of the
+        `StepRecord`. Returns the last record. Interrupting it leaves the engine as it is after the
+        current step."""
         if max_steps is not None:
             _check_positive("max_steps", max_steps)
         is_reached = None if until is None else condition(until)
-        record = None
+        record, num_cuts = None, self.history.num_cuts
         for _ in itertools.count() if max_steps is None else range(max_steps):
             if not self.has_work:
                 break
             record = self.step()
-            if self.stopped_at is not None or (is_reached is not None and is_reached(record)):
+            if self._is_stopped(num_cuts) or (is_reached is not None and is_reached(record)):
                 break
         return record
 
@@ -464,7 +487,7 @@ class Engine:
             self._call(lambda: self._drive(requests, subscriber, names))
             yield names
         finally:
-            self._abort_unfinished(names)
+            self._abort_unfinished(names, subscriber)
 
     def _drive(
         self, requests: Iterable[QueueRequest], subscriber: Subscriber, names: list[str]
@@ -524,7 +547,7 @@ class Engine:
             try:
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
             except RuntimeError:  # the loop has closed: nobody will listen, or clean up
-                self._abort_unfinished(names)
+                self._abort_unfinished(names, deliver)
 
         begun = self.submit(lambda: self._drive([request], deliver, names))
         try:
@@ -539,17 +562,21 @@ class Engine:
         finally:  # without waiting, because the task may have been cancelled
             begun.cancel()
             with contextlib.suppress(EngineClosed):
-                self.submit(lambda: self._abort_now(names))
+                self.submit(lambda: self._abort_now(self._requests.of(deliver, names)))
 
-    def _abort_unfinished(self, names: Seq[str]) -> None:
+    def _abort_unfinished(self, names: Seq[str], subscriber: Subscriber) -> None:
         """`abort`, for clean-up: a closed engine is no error, an interrupt does not prevent it, and
         it may be called anywhere (the garbage collector closes a forgotten stream in the middle of
         a step)."""
+
+        def abort() -> None:
+            self._abort_now(self._requests.of(subscriber, names))
+
         with contextlib.suppress(EngineClosed):
             if self._thread.is_current:
-                self.submit(lambda: self._abort_now(names))
+                self.submit(abort)
             else:
-                self._call(lambda: self._abort_now(names), must_run=True)
+                self._call(abort, must_run=True)
 
     def _abort_now(self, names: Seq[str]) -> None:
         for name in names:
@@ -596,12 +623,12 @@ class Engine:
         dropped = self.history.cut(step)
         self.history.keep(Keyframe(self.scheduler))
         self._is_started, self.error, self.stopped_at = False, None, None
-        expected = self._requests.rewind(alive, dropped, self.tokenizer, self.clock())
+        expected, gone = self._requests.rewind(alive, dropped, self.tokenizer)
         decode = self.tokenizer.decode if self.tokenizer is not None else None
-        self._rewound = Rewind(
-            step, dropped, expected, lambda token: decode([token]) if decode else ""
-        )
-        return self._rewound
+        rewound = Rewind(step, dropped, expected, lambda token: decode([token]) if decode else "")
+        self._rewound = weakref.ref(rewound)
+        self._requests.tell_gone(gone, self.clock())  # last: a subscriber may go on from here
+        return rewound
 
     def fork(
         self, step: int, policy: str | Policy | type | None = None, **changes: Any
@@ -619,12 +646,6 @@ class Engine:
 
         policy = self.scheduler.policy if policy is None else policy
         return fork(self.history, step, self.scheduler.config, policy, **changes)
-
-    def _compare_with_before(self, advanced: list[Sequence], output: StepOutput) -> None:
-        assert self._rewound is not None
-        for seq in advanced:
-            logits = output.logits.get(seq.seq_id, output.logits.get(seq.request.request_id))
-            self._rewound.compare(seq, self.scheduler.step_count + 1, logits)
 
     # ------------------------------------------------------------------ looking in
 

@@ -316,18 +316,21 @@ class RequestState:
         )
         return tokens + sum(map(len, logprobs))
 
-    def rewound(self, live: LiveRequest) -> RequestState:
-        """The same request cut back to `live`, an earlier state of it: text and logprobs of the
-        tokens that it had then. A subscriber stays, and gets again what comes after them."""
+    def rewound(self, live: LiveRequest, now: float) -> RequestState:
+        """The same request cut back to `live`, its state at `now`, an earlier time: text and logprobs
+        of the tokens that it had then. A subscriber stays, and gets again what comes after them."""
         num_tokens = max(len(seq.output_token_ids) for seq in live.sequences)
         metrics = dataclasses.replace(
-            self.metrics, token_times=self.metrics.token_times[:num_tokens], finished_time=None
+            self.metrics,
+            token_times=[time for time in self.metrics.token_times if time <= now],
+            finished_time=None,
         )
         if all(seq.status is Status.WAITING for seq in live.sequences):
             metrics.first_scheduled_time = None
         state = RequestState(live, self.prompt, self.tokenizer, metrics, self.subscriber)
         if num_tokens:
-            state.prompt_logprobs = self.prompt_logprobs
+            is_forgotten = not self.samples and not isinstance(self.params, BeamSearchParams)
+            state.prompt_logprobs = None if is_forgotten else self.prompt_logprobs
         if isinstance(self.params, SamplingParams):
             for seq in live.sequences:
                 if seq.output_token_ids:
@@ -344,7 +347,9 @@ class RequestState:
         sample.num_tokens = len(tokens)
         if before is not None:
             sample.num_delivered = min(before.num_delivered, len(tokens))
-        if sample.logprobs is not None and before is not None and before.logprobs is not None:
+        if before is None or before.logprobs is None:
+            sample.logprobs = None  # or those of its first tokens are forgotten
+        elif sample.logprobs is not None:
             sample.logprobs = before.logprobs[: len(tokens)]
             sample.cumulative_logprob = sum(
                 entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)
@@ -359,6 +364,8 @@ class RequestState:
                     sample.detokenizer.take_delta()
             if seq.is_finished:
                 sample.detokenizer.finish()
+                if sample.num_delivered == sample.num_tokens:
+                    sample.detokenizer.take_delta()  # with what had been held back
         return sample
 
     def retire(self) -> None:

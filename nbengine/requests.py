@@ -8,8 +8,10 @@ requests by their sequences and nothing of their callers.
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 
 from nbengine.core.logprobs import Logprob
 from nbengine.core.plan import StepOutput, StepPlan
@@ -17,7 +19,7 @@ from nbengine.core.records import StepRecord
 from nbengine.core.request import LiveRequest, Sequence
 from nbengine.core.sampling_params import SamplingParams
 from nbengine.errors import UnknownRequest
-from nbengine.outputs import RequestMetrics, RequestOutput, RequestState
+from nbengine.outputs import RequestMetrics, RequestOutput, RequestState, Subscriber
 from nbengine.tokenizer import Tokenizer
 
 MAX_FINISHED_KEPT = 1000
@@ -62,6 +64,17 @@ class Requests:
         """A new one; an earlier one of its id is forgotten."""
         self._forget(state.request_id)
         self.unfinished[state.request_id] = state
+
+    def of(self, subscriber: Subscriber, names: Iterable[str]) -> list[str]:
+        """Which of `names` are unfinished and the caller's who subscribed, or had, with `subscriber`:
+        a rewind may have brought back a namesake, or one whose last output was sent before."""
+        states = (self.unfinished[name] for name in names if name in self.unfinished)
+        return [
+            state.request_id
+            for state in states
+            if state.subscriber is subscriber
+            or (state.subscriber is None and state.request_id in self.driven)  # it failed
+        ]
 
     def text_of(self, seq: Sequence) -> str:
         """An unfinished request's sequence's output text."""
@@ -111,7 +124,9 @@ class Requests:
             state = self._of(finish.seq_id)
             if state is not None and state.finished:  # it may be an aborted one's successor
                 moved[state.request_id] = state
-        for state in moved.values():
+        for name, state in moved.items():
+            if self.unfinished.get(name) is not state:
+                continue  # a subscriber of this step has aborted it, or rewound
             if state.finished:
                 self.retire(state, now)
             elif state.subscriber is not None and state.wants_every_output:
@@ -131,8 +146,6 @@ class Requests:
     def retire(self, state: RequestState, now: float) -> None:
         """Move a finished request to the finished ones, with its last output sent."""
         name = state.request_id
-        if self.unfinished.get(name) is not state:
-            return  # a subscriber of this step has aborted it
         del self.unfinished[name]
         self.driven.discard(name)
         state.metrics.finished_time = now
@@ -156,21 +169,23 @@ class Requests:
     def rewind(
         self,
         alive: Mapping[str, LiveRequest],
-        dropped: Iterable[StepRecord],
+        dropped: Seq[StepRecord],
         tokenizer: Tokenizer | None,
-        now: float,
-    ) -> Expected:
+    ) -> tuple[Expected, Seq[RequestState]]:
         """Go back to `alive`, the unfinished requests of an earlier step; `dropped` are the steps
         since. Those that came later are gone, those that ended later live again. Returns the tokens
-        that are gone, beams apart: their names change with their ancestry."""
+        that are gone, beams apart: their names change with their ancestry; and the requests that
+        are, whose subscribers are still to be told."""
         before = {**self._finished, **self.unfinished}
-        for state in list(self.unfinished.values()):
-            name = state.request_id
-            if name not in alive or alive[name].request is not state.live.request:
-                for seq in state.live.sequences:
-                    if not seq.is_finished:
-                        seq.end("abort")
-                self.retire(state, now)
+        gone = [
+            state
+            for name, state in self.unfinished.items()
+            if name not in alive or alive[name].request is not state.live.request
+        ]
+        for state in gone:
+            del self.unfinished[state.request_id]
+            self.driven.discard(state.request_id)
+        then = dropped[0].time if dropped else math.inf  # when the first of them began
         for record in dropped:
             for request in record.added:
                 self._forget(request.request_id)
@@ -185,8 +200,18 @@ class Requests:
                 for seq in was.live.sequences:
                     num_known = known.get(seq.index, seq.num_prompt_tokens)  # it may split again
                     expected[live.request.arrival, seq.index] = seq.tokens, num_known
-            self.add(was.rewound(live))
-        return expected
+            self.add(was.rewound(live, then))
+        return expected, gone
+
+    def tell_gone(self, gone: Iterable[RequestState], now: float) -> None:
+        """The last output of requests that a rewind undid."""
+        for state in gone:
+            for seq in state.live.sequences:
+                if not seq.is_finished:
+                    seq.end("abort")
+            state.metrics.finished_time = now
+            if state.subscriber is not None:
+                _send(state, state.next_output())
 
 
 def _send(state: RequestState, output: RequestOutput | BaseException) -> None:

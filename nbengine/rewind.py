@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nbengine.core.plan import StepPlan
 from nbengine.core.records import StepRecord
 from nbengine.core.request import Sequence
 
@@ -75,6 +76,13 @@ class Rewind:
     def is_watching(self) -> bool:
         """Whether there are tokens left to compare."""
         return bool(self._expected)
+
+    def watches(self, plan: StepPlan) -> bool:
+        """Whether a step computes any sequence that has tokens left to compare."""
+        expected = self._expected
+        return bool(expected) and any(
+            (seq.request.arrival, seq.index) in expected for seq, _ in plan.scheduled
+        )
 
     def compare(self, seq: Sequence, step: int, logits: Any | None) -> None:
         """Look at the token that was just appended to `seq`. `logits` `[vocab]` is the row that it

@@ -258,3 +258,71 @@ def test_without_the_mode_the_last_bits_depend_on_the_chunks(models, logits):
     expected = lab.alone()
     with lab.engine(max_num_batched_tokens=7) as engine:
         assert differing(lab.run(engine), expected)
+
+
+WAYS = [
+    pytest.param("llama2", {"quantization": "int4"}, id="compiled"),
+    pytest.param(
+        "qwen2-windows",
+        {"kernels": "torch", "dtype": "bfloat16", "quantization": "int8"},
+        id="torch",
+    ),
+    pytest.param("served-llama", {"kernels": "emulated", "dtype": "bfloat16"}, id="emulated"),
+]
+
+
+def differ_after_a_rewind(lab: Lab) -> bool:
+    """Run all requests in few blocks, go back a few times, and say whether anything is another."""
+    with lab.engine(**FEW_BLOCKS, max_num_batched_tokens=19, preemption_mode="swap") as engine:
+        expected = lab.run(engine)
+        last = engine.history[-1].step
+        for step in (last // 2, 2):
+            lab.logits.clear()
+            rewound = engine.rewind(step)
+            engine.run()
+            assert rewound.num_expected and lab.logits
+            outputs = {}
+            for name in REQUESTS:
+                output = engine.output(name)
+                of_samples = [
+                    (o.token_ids, o.logprobs, o.cumulative_logprob) for o in output.outputs
+                ]
+                outputs[name] = of_samples, output.prompt_logprobs
+            again = [torch.equal(x, expected.logits[at]) for at, x in lab.logits.items()]
+            if not all(again) or outputs != expected.outputs or rewound.divergences:
+                return True
+    return False
+
+
+def differ_in_a_probe(lab: Lab) -> bool:
+    """Whether a probe sees other logits than those that a token was sampled from in a full step."""
+    with lab.engine(max_num_batched_tokens=19) as engine:
+        expected = lab.run(engine, [name for name in REQUESTS if name != "beams"])
+        num_probed = 0
+        for record in list(engine.history)[::3]:
+            state = engine.history.state_at(record.step)
+            for name in record.sampled.keys() & state.sequences.keys():
+                if name.partition("#")[0] not in state.live or (
+                    record.forked and name.startswith("samples")
+                ):
+                    continue  # it ended, or all its samples were drawn from one row
+                probe = engine.probe(name, record.step)
+                num_probed += 1
+                row = expected.logits[name, len(probe.token_ids)]
+                if not torch.equal(probe.logits, row[: len(probe.logits)].float()):
+                    return True
+        assert num_probed > 10
+    return False
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("family", "fields"), WAYS)
+@pytest.mark.parametrize("differ", [differ_after_a_rewind, differ_in_a_probe])
+def test_in_time_travel(models, logits, differ, family, fields):
+    assert not differ(Lab(models(family), logits, device="cpu", **fields))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("differ", [differ_after_a_rewind, differ_in_a_probe])
+def test_without_the_mode_time_travel_shows(models, logits, differ):
+    assert differ(Lab(models("llama2"), logits, device="cpu", batch_invariant=False))

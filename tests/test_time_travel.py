@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 
@@ -314,3 +316,214 @@ class TestTheBudgetLive:
             engine.set_max_num_batched_tokens(33)
         with pytest.raises(InvalidField, match="positive"):
             engine.set_max_num_batched_tokens(0)
+
+
+class TestARewindWhileOthersListen:
+    def test_a_stream_that_ends_leaves_the_request_that_lives_again_alone(self, make):
+        engine = make()
+        stream = engine.stream(PROMPTS[0], GREEDY, request_id="a")
+        next(stream)
+        eventually(lambda: not engine.has_work)
+        engine.rewind(3)
+        assert list(stream)[-1].finished, "what was computed is still delivered"
+        assert engine.has_work, "its request lives again, and is nobody's to abort"
+        engine.run()
+        assert engine.output("a").outputs[0].finish_reason == "length"
+
+    def test_a_stream_that_is_gone_leaves_its_namesake_alone(self, make):
+        engine = make()
+        engine.add_request(PROMPTS[1], GREEDY, request_id="a")
+        engine.run()
+        stream = engine.stream(PROMPTS[0], GREEDY, request_id="a")
+        next(stream)
+        engine.rewind(3)
+        *_, last = stream
+        assert last.finished
+        engine.run()
+        again = engine.output("a")
+        assert again.prompt_token_ids == PROMPTS[1]
+        assert again.outputs[0].finish_reason == "length"
+
+    @pytest.mark.parametrize("where", ["condition", "subscriber", "listener"])
+    def test_it_ends_the_run_that_it_is_called_in(self, make, where):
+        engine = make()
+        seen, heard = [], []
+
+        def back(record):
+            if record.step == 6 and not seen:
+                seen.append(engine.rewind(3))
+
+        def told(output):
+            if len(output.outputs[0].token_ids) == 6 and not seen:
+                seen.append(engine.rewind(3))
+
+        engine.add_request(
+            PROMPTS[0], GREEDY, request_id="a", subscriber=told if where == "subscriber" else None
+        )
+        engine.add_request(PROMPTS[2], GREEDY, request_id="b", subscriber=heard.append)
+        if where == "condition":
+            engine.break_on(back)
+        elif where == "listener":
+            engine.on_step(back)
+        engine.run()
+        assert engine.history[-1].step == 3 and seen[0].step == 3
+        for name in ("a", "b"):
+            output = engine.output(name)
+            assert len(output.metrics.token_times) == len(output.outputs[0].token_ids) == 3
+        if where == "listener":  # the only one of them that comes after the subscribers
+            assert len(heard[-1].outputs[0].token_ids) == 6
+        else:
+            assert len(heard[-1].outputs[0].token_ids) == 5, "what is no more is not told"
+        engine.step(5)
+        assert engine.history[-1].step == 8
+        engine.run()
+        assert not seen[0].divergences and seen[0].num_equal == seen[0].num_expected
+
+    def test_a_request_that_no_step_has_seen_is_gone_too(self, make):
+        engine = make()
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a")
+        engine.step(2)
+        heard = []
+        engine.add_request(PROMPTS[1], GREEDY, request_id="b", subscriber=heard.append)
+        engine.rewind(1)
+        assert heard[-1].outputs[0].finish_reason == "abort"
+        with pytest.raises(UnknownRequest):
+            engine.output("b")
+
+    def test_whoever_is_told_of_the_end_may_ask_again(self, make):
+        engine = make()
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a")
+        engine.step(2)
+        again = []
+
+        def told(output):
+            if output.finished and not again:
+                assert len(engine.output("a").outputs[0].token_ids) == 1, "it is back already"
+                again.append(engine.add_request(PROMPTS[1], GREEDY, request_id="b"))
+
+        engine.add_request(PROMPTS[1], GREEDY, request_id="b", subscriber=told)
+        engine.step()
+        engine.rewind(1)
+        assert again == ["b"]
+        engine.run()
+        assert engine.output("b").outputs[0].finish_reason == "length"
+
+    def test_a_sample_that_had_ended_is_not_told_again(self, make, tiny_tokenizer):
+        engine = make(tokenizer=str(tiny_tokenizer), skip_tokenizer_init=False)
+        letters = {
+            "temperature": 1,
+            "seed": 3,
+            "n": 2,
+            "max_tokens": 24,
+            "allowed_token_ids": [*range(35, 93)],
+        }
+        engine.add_request(PROMPTS[0], SamplingParams(**letters), request_id="plain")
+        engine.run()
+        first, second = (o.token_ids for o in engine.output("plain").outputs)
+        stop = next(t for t in first[2:10] if t not in second)
+        parts = []
+        delta = SamplingParams(
+            stop_token_ids=[stop], output_kind=RequestOutputKind.DELTA, **letters
+        )
+        engine.add_request(PROMPTS[0], delta, request_id="a", subscriber=parts.append)
+        record = engine.run(until="finish")
+        engine.step(2)
+        assert engine.has_work and record.finished[0].seq_id == "a"
+        engine.rewind(record.step + 1)
+        del parts[:]
+        engine.run()
+        assert all(not part.outputs[0].text for part in parts)
+        told = "".join(part.outputs[1].text for part in parts)
+        assert told and engine.output("a").outputs[1].text.endswith(told)
+
+
+class TestTimesAfterARewind:
+    def test_they_are_those_of_the_steps_that_are_left(self, make):
+        """Blocks run out, so one sample waits, and gets its tokens in steps of its own."""
+        engine = make(num_gpu_blocks_override=5, max_model_len=64)
+        params = SamplingParams(temperature=1, seed=3, n=2, max_tokens=24, ignore_eos=True)
+        engine.add_request(PROMPTS[1], params, request_id="a")
+        were = {}
+        while engine.has_work:
+            step = engine.step().step
+            were[step] = engine.metrics("a").token_times
+        assert any(r.preempted for r in engine.history), "blocks were meant to run out"
+        for step in sorted(were, reverse=True)[1:]:
+            engine.rewind(step)
+            assert engine.metrics("a").token_times == were[step]
+
+
+class TestBreakpointsAndWhoWaits:
+    def test_where_the_run_stopped_is_not_forgotten_for_who_waits(self, make):
+        engine = make()
+        engine.add_request(PROMPTS[1], GREEDY, request_id="a")
+        at = engine.break_on(lambda record: record.step == 5)
+        stream = engine.stream(PROMPTS[0], GREEDY)
+        engine.start()
+        *_, last = stream
+        assert last.finished and not engine.is_running
+        assert engine.stopped_at.breakpoint is at and engine.stopped_at.record.step == 5
+        engine.start()
+        assert engine.stopped_at is None
+
+    def test_a_condition_whose_answer_is_neither_true_nor_false(self, make):
+        class Unclear:
+            def __bool__(self):
+                raise ValueError("ambiguous")
+
+        engine = make()
+        heard = []
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a", subscriber=heard.append)
+        engine.break_on(lambda record: Unclear())
+        assert engine.run().step == 1 and "ambiguous" in str(engine.stopped_at)
+        assert len(heard) == 1, "the step's output is delivered all the same"
+        engine.run()
+        assert heard[-1].finished
+
+
+class TestWhatIsNotKept:
+    def test_logprobs_of_a_request_whose_name_was_taken_are_none_not_misplaced(self, make):
+        engine = make()
+        params = SamplingParams(
+            temperature=0, max_tokens=9, ignore_eos=True, logprobs=1, prompt_logprobs=1
+        )
+        engine.add_request(PROMPTS[0], params, request_id="a")
+        engine.run()
+        was = engine.output("a").outputs[0].token_ids
+        engine.add_request(
+            PROMPTS[1], GREEDY, request_id="a"
+        )  # the first one's output is forgotten
+        engine.step()
+        for step in (4, 0):
+            engine.rewind(step)
+            if step == 0:
+                engine.add_request(PROMPTS[0], params, request_id="a")
+            engine.run()
+            output = engine.output("a")
+            assert output.outputs[0].token_ids == was
+            assert (output.outputs[0].logprobs is None) == (step == 4)
+            assert (output.prompt_logprobs is None) == (step == 4)
+
+    def test_logits_are_kept_only_while_there_is_something_to_compare(self, make, monkeypatch):
+        engine = make()
+        kept = []
+        compute = engine._runner.compute
+
+        def seen(prepared):
+            kept.append(prepared.plan.keeps_logits)
+            return compute(prepared)
+
+        monkeypatch.setattr(engine._runner, "compute", seen)
+        engine.add_request(PROMPTS[0], GREEDY, request_id="a")
+        engine.add_request(PROMPTS[1], GREEDY, request_id="b")
+        engine.run(8)
+        rewound = engine.rewind(4)
+        engine.step(2)
+        engine.abort("a", "b")  # so that its tokens never come again
+        engine.add_request(PROMPTS[2], GREEDY, request_id="c")
+        engine.run(6)
+        assert rewound.num_equal == 4 and kept == [False] * 8 + [True] * 2 + [False] * 6
+        alive = weakref.ref(engine.rewind(10))
+        del rewound
+        gc.collect()
+        assert alive() is None, "nobody can read it, so its records are not kept"

@@ -57,6 +57,8 @@ class History:
 
     def keep(self, keyframe: Keyframe) -> None:
         """The state after the latest record (or after none)."""
+        if self._keyframes and self._keyframes[-1].step == keyframe.step:
+            self.nbytes -= self._keyframes.pop().nbytes  # the engine was rewound to that very step
         self._keyframes.append(keyframe)
         self.nbytes += keyframe.nbytes
         self._nbytes_since = 0
@@ -79,7 +81,9 @@ class History:
         Raises:
             UnknownStep: the step has not been taken, or what it takes to rebuild it was dropped.
         """
-        keyframes, records = tuple(self._keyframes), self._records
+        # Copies, because the engine's thread may append and drop meanwhile; the records first, because
+        # then none that follows a keyframe is missing.
+        records, keyframes = tuple(self._records), tuple(self._keyframes)
         known = keyframes[0].step if keyframes else None
         last = records[-1].step if records else known
         if known is None or last is None or not known <= step <= last:
@@ -87,8 +91,10 @@ class History:
             raise UnknownStep(f"no state after step {step}: the history can rebuild {kept}")
         keyframe = next(k for k in reversed(keyframes) if k.step <= step)
         state = keyframe.state()
-        for n in range(keyframe.step + 1, step + 1):
-            state.apply(self[n])
+        if keyframe.step < step:
+            first = records[0].step
+            for record in records[keyframe.step + 1 - first : step + 1 - first]:
+                state.apply(record)
         return state
 
     def batches_of(self, seq_id: str) -> list[tuple[int, dict[str, int]]]:
@@ -130,12 +136,18 @@ class History:
             UnknownStep: the step has not been taken, or its record was dropped.
         """
         records = self._records
-        first = records[0].step if records else 1
-        index = step - first if step > 0 else len(records) + step
-        if not 0 <= index < len(records):
-            kept = f"steps {records[0].step} to {records[-1].step}" if records else "no step yet"
-            raise UnknownStep(f"no record of step {step}: the history holds {kept}")
-        return records[index]
+        while step:
+            try:
+                record = records[step if step < 0 else max(0, step - records[0].step)]
+            except IndexError:
+                break
+            if step < 0 or record.step == step:
+                return record
+            if step < record.step and record is records[0]:
+                break
+            # The engine's thread dropped the oldest between two of these looks.
+        kept = f"steps {records[0].step} to {records[-1].step}" if records else "no step yet"
+        raise UnknownStep(f"no record of step {step}: the history holds {kept}")
 
     def __repr__(self) -> str:
         if not self._records:

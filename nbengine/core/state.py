@@ -240,7 +240,8 @@ class Keyframe:
     grow, and how long they were."""
 
     __slots__ = (
-        "_block_size", "_cached", "_contents", "_free", "_live", "_num_tokens", "_policy", "step",
+        "_block_size", "_cached", "_contents", "_free", "_live", "_num_tokens", "_policy", "nbytes",
+        "step",
     )  # fmt: skip
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -257,13 +258,10 @@ class Keyframe:
         self._cached = array("I", pool.cached_blocks())
         content_of = pool.prefix_cache.content_of
         self._contents = array("I", content_of), list(content_of.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Roughly what it takes in memory, tokens and prefixes apart, which records keep too."""
         blocks = 4 * (len(self._free) + len(self._cached)) + 12 * len(self._contents[0])
         sequences = [seq for live in self._live for seq in live.sequences]
-        return blocks + sum(600 + 8 * len(seq.block_table) for seq in sequences)
+        self.nbytes = blocks + sum(600 + 8 * len(seq.block_table) for seq in sequences)
+        """Roughly what it takes in memory, tokens and prefixes apart, which records keep too."""
 
     def state(self) -> State:
         """Unpacked."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 
 from nbengine.core.history import History
+from nbengine.core.state import Keyframe
 from nbengine.errors import UnknownStep
 
 
@@ -51,3 +54,45 @@ def test_memory_is_bounded_and_the_newest_record_always_kept(records):
     for record in records:
         tiny.append(record)
     assert [r.step for r in tiny] == [5]
+
+
+class _Dropping(deque):
+    """Drops its oldest right after it was looked at, as the engine's thread may at any time."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        if index == 0 and len(self) > 3:
+            self.popleft()
+        return found
+
+
+def test_what_is_read_while_the_oldest_are_dropped_is_what_was_asked_for(bench):
+    b = bench(num_blocks=100)
+    history = History()
+    history.keep(Keyframe(b.scheduler))
+    b.add(20, max_tokens=9)
+    for record in b.run():
+        history.append(record)
+    records = tuple(history)
+    history._records = _Dropping(records)
+    assert history[7] is records[6]
+    history._records = _Dropping(records)
+    assert history.state_at(8).step == 8
+    with pytest.raises(UnknownStep):
+        history[1]
+
+
+def test_going_back_to_one_step_again_and_again_takes_no_more_memory(recorded):
+    b = recorded(num_blocks=100)
+    b.add(20, max_tokens=9)
+    for _ in range(3):
+        b.step()
+    sizes = set()
+    for _ in range(5):
+        b.scheduler.rewind(b.history.state_at(2))
+        b.history.cut(2)
+        b.history.keep(Keyframe(b.scheduler))
+        sizes.add(b.history.nbytes)
+        b.step()
+    assert len(sizes) == 1
+    assert b.history.state_at(2).sequences["req-0"].num_computed_tokens == 0
