@@ -527,3 +527,16 @@ class TestWhatIsNotKept:
         del rewound
         gc.collect()
         assert alive() is None, "nobody can read it, so its records are not kept"
+
+
+def test_forks_and_states_while_the_engine_runs_in_the_background(busy):
+    engine = busy()
+    engine.start()
+    forks = []
+    while engine.has_work and len(forks) < 10:
+        step = engine.history[-1].step
+        forks.append((step, engine.fork(step - 1), engine.state_at(step)))
+    assert forks
+    for step, forked, state in forks:
+        assert forked.history[step].scheduled == engine.history[step].scheduled
+        assert state.step == step
