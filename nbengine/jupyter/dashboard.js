@@ -199,6 +199,7 @@ function render({ model, el }) {
   // ---------------------------------------------------------------- frames
   let pending = 0;
   let drawn = 0;
+  let shownRecord = null;
 
   function drawBar(live, isPast) {
     setText(mode, live.is_running ? "running" : "paused");
@@ -287,13 +288,14 @@ function render({ model, el }) {
     const views = { steps: store.steps, names: store.names, cursor: store.cursor, selected: store.selected, isLive: live.is_running };
     timeline.update(views);
     charts.update({ ...views, range });
-    if (card.dataset.step !== `${now.step}/${now.record.length}`) {
-      card.dataset.step = `${now.step}/${now.record.length}`;
+    if (shownRecord !== now.record) {
+      shownRecord = now.record;
       card.innerHTML = now.record || "<div class='nbe-empty'>No step was taken yet.</div>";
     }
     root.dataset.step = live.step;
     root.dataset.shown = now.step;
     root.dataset.answered = store.num_answered;
+    root.dataset.seq = store.seq;
     root.dataset.running = live.is_running;
     if (store.seq > drawn) {
       drawn = store.seq;
