@@ -185,6 +185,17 @@ def test_a_lost_frame_is_asked_for_again(views: Views) -> None:
     assert "3 + 3" in text
 
 
+def test_a_kernel_that_does_not_answer_is_said_to(views: Views) -> None:
+    views.engine.add_request("a b c", SamplingParams(max_tokens=50), request_id="one")
+    views.wait("+d.step === 0")
+    alert = views.page.get_by_role("alert")
+    assert alert.count() == 0
+    views.part("button", "Step").click()
+    alert.get_by_text("No answer yet").wait_for()  # as long as no message is carried
+    views.wait("+d.step === 1")
+    assert alert.count() == 0
+
+
 @pytest.mark.parametrize("width", [320, 366, 700])
 def test_nothing_sticks_out_of_a_narrow_page(views: Views, width: int) -> None:
     name = "a-request-with-a-long-name-" * 9
