@@ -46,7 +46,7 @@ function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
 
   function describe(block) {
     const cell = blocks.cells[block];
-    const known = blocks.details && blocks.details.block === block ? blocks.details : null;
+    const known = blocks.details?.block === block && blocks.details.step === blocks.step ? blocks.details : null;
     const parts = [];
     switch (kindOf(cell)) {
       case FREE:

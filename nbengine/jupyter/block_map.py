@@ -12,17 +12,15 @@ import enum
 import re
 import zlib
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nbengine.core.prefix_cache import BlockContent
+from nbengine.core.request import Sequence
 from nbengine.core.snapshot import Snapshot
-from nbengine.errors import InvalidField
-
-if TYPE_CHECKING:
-    from nbengine.tokenizer import Tokenizer
 
 PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#BFA80F", "#7B61C4",
@@ -116,41 +114,40 @@ def _cells(snapshot: Snapshot) -> tuple[list[BlockState], int]:
     ], per_cell
 
 
-def describe_block(snapshot: Snapshot, block: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Everything about one block, as JSON data: its kind, holders, hash, tokens and their text.
-
-    Raises:
-        InvalidField: there is no such block.
-    """
-    if not 0 <= block < snapshot.num_blocks:
-        raise InvalidField("block", block, f"there are blocks 0 to {snapshot.num_blocks - 1}")
-    content = snapshot.contents.get(block)
+def describe_block(
+    block: int,
+    step: int,
+    block_size: int,
+    running: Iterable[Sequence],
+    cached: tuple[int, ...],
+    contents: Mapping[int, BlockContent],
+) -> dict[str, Any]:
+    """Everything about one block after `step`, as JSON data: its kind, holders, hash and tokens.
+    `cached` are the blocks that nobody holds, `contents` all that the prefix cache remembers."""
+    content = contents.get(block)
     holders, tokens, index = [], [], None
-    for seq in snapshot.running:
+    for seq in running:
         if block in seq.block_table:
             holders.append(seq.seq_id)
             index = seq.block_table.index(block)
-            start = index * snapshot.block_size
-            end = min(start + snapshot.block_size, seq.num_computed_tokens)
-            tokens = list(seq.token_ids[start:end])
+            start = index * block_size
+            tokens = list(seq.tokens[start : min(start + block_size, seq.num_computed_tokens)])
     if content is not None:
         tokens = list(content.token_ids)
-    cached = snapshot.cached_blocks
-    kind = BlockKind.CACHED if block in cached else BlockKind.FREE
+    is_cached = not holders and block in cached
+    kind = BlockKind.CACHED if is_cached else BlockKind.FREE
     if holders:
         kind = BlockKind.SHARED if len(holders) > 1 else BlockKind.HELD
-    text = [tokenizer.decode([t], skip_special_tokens=False) for t in tokens] if tokenizer else []
     return {
         "block": block,
-        "step": snapshot.step,
+        "step": step,
         "kind": kind.name.lower(),
         "holders": holders,
         "index": index,
         "hash": content.digest.hex() if content is not None else None,
         "salted": content is not None and content.salt is not None,
-        "to_be_evicted_after": cached.index(block) if kind is BlockKind.CACHED else None,
+        "to_be_evicted_after": cached.index(block) if is_cached else None,
         "token_ids": tokens,
-        "texts": text,
     }
 
 

@@ -5,10 +5,21 @@
 const CONDITIONS = ["preemption", "finish", "prefix_miss", "out_of_blocks", "eviction", "copy_on_write"];
 const POLICIES = { fcfs: "Fcfs", priority: "Priority", sjf: "ShortestJobFirst" };
 const ASK_BLOCK_MS = 60; // the pointer rests so long before a block is asked about
+const SILENT_MS = 3000; // without an answer, the page says so
+const SILENT = {
+  text: "No answer yet. The kernel is busy, with a long step or a cell, or it was restarted: then load the engine and show its dashboard again.",
+  detail: "",
+};
 
 function render({ model, el }) {
   const palette = model.get("palette");
-  const send = (type, fields = {}) => model.send({ type, ...fields });
+  const send = (type, fields = {}) => {
+    model.send({ type, ...fields });
+    // Whatever is asked for is answered by a frame; a kernel that was restarted answers nothing.
+    if (type !== "drawn") silence ||= setTimeout(() => ((isSilent = true), drawNotice()), SILENT_MS);
+  };
+  let silence = 0;
+  let isSilent = false;
   el.dataset.lmSuppressShortcuts = "true"; // the notebook's keys are not for our inputs
   const store = createStore();
 
@@ -199,6 +210,7 @@ function render({ model, el }) {
   // ---------------------------------------------------------------- frames
   let pending = 0;
   let drawn = 0;
+  let shownRecord = null;
 
   function drawBar(live, isPast) {
     setText(mode, live.is_running ? "running" : "paused");
@@ -220,8 +232,10 @@ function render({ model, el }) {
     );
   }
 
-  function drawNotice(live) {
-    const found = store.notice ?? (live.stopped && !live.is_running ? { text: live.stopped, detail: "" } : null);
+  function drawNotice() {
+    const { live } = store;
+    const stopped = live?.stopped && !live.is_running ? { text: live.stopped, detail: "" } : null;
+    const found = isSilent ? SILENT : (store.notice ?? stopped);
     notice.hidden = !found;
     const key = found ? found.text + found.detail : "";
     if (notice.dataset.text === key) return;
@@ -259,7 +273,7 @@ function render({ model, el }) {
     const now = store.now();
     root.classList.toggle("nbe-past", isPast);
     drawBar(live, isPast);
-    drawNotice(live);
+    drawNotice();
     queues.update({
       sequences: now.sequences,
       finished: live.finished,
@@ -287,13 +301,14 @@ function render({ model, el }) {
     const views = { steps: store.steps, names: store.names, cursor: store.cursor, selected: store.selected, isLive: live.is_running };
     timeline.update(views);
     charts.update({ ...views, range });
-    if (card.dataset.step !== `${now.step}/${now.record.length}`) {
-      card.dataset.step = `${now.step}/${now.record.length}`;
+    if (shownRecord !== now.record) {
+      shownRecord = now.record;
       card.innerHTML = now.record || "<div class='nbe-empty'>No step was taken yet.</div>";
     }
     root.dataset.step = live.step;
     root.dataset.shown = now.step;
     root.dataset.answered = store.num_answered;
+    root.dataset.seq = store.seq;
     root.dataset.running = live.is_running;
     if (store.seq > drawn) {
       drawn = store.seq;
@@ -309,6 +324,9 @@ function render({ model, el }) {
 
   function receive(message, buffers) {
     if (message.type !== "frame") return;
+    clearTimeout(silence);
+    silence = 0;
+    isSilent = false;
     const content = JSON.parse(message.json);
     const mine = store.cursor;
     if (!store.apply(content, buffers)) {
@@ -327,6 +345,7 @@ function render({ model, el }) {
   return () => {
     cancelAnimationFrame(pending);
     clearTimeout(asking);
+    clearTimeout(silence);
     model.off("msg:custom", receive);
     map.destroy();
     timeline.destroy();

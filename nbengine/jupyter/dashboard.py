@@ -29,7 +29,7 @@ from nbengine.errors import (
     UnknownStep,
 )
 from nbengine.jupyter.block_map import describe_block
-from nbengine.jupyter.frame import TEXT_TAIL, Feed, Notice, gather
+from nbengine.jupyter.frame import TEXT_TAIL, Feed, Moment, Notice, gather
 from nbengine.jupyter.publisher import Publisher
 from nbengine.jupyter.views import snapshot_html, snapshot_text, steps_html, steps_text
 from nbengine.llm import chat_prompt
@@ -76,7 +76,8 @@ class Dashboard:
         self._explanation: str | None = None
         self._cursor: int | None = None
         self._selected: str | None = None
-        self._block: dict[str, Any] | None = None
+        self._block: int | None = None
+        self._block_then: tuple[object, dict[str, Any]] | None = None
         self._asked: tuple[int, int] | None = None
         self._past_told: object = None
         self._num_answered = 0
@@ -94,24 +95,27 @@ class Dashboard:
     def _show(self, engine: Engine, seq: int, is_whole: bool) -> float:
         """On the publisher's thread. Returns the seconds for which the engine's was held."""
         feed, history = self._feed, self._history
+        assert self._publisher is not None and self._widget is not None
+        if self._widget.comm is None:
+            self._publisher.stop()
+            return 0.0
         if is_whole:
             feed.forget()
             self._past_told = None
-        moment = gather(engine, feed, self._selected)
+        number, selected = self._block, self._selected
+        moment = gather(engine, feed, selected, number)
         live, buffers = feed.message(moment)
         if self._cursor is not None and not moment.first_step - 1 <= self._cursor < moment.step:
             self._cursor = None  # the engine went back, or the history has moved on
         notice = self._notice or moment.failure
-        block = self._block
-        if block is not None and self._cursor is None and feed.cells is not None:
-            block = block | {"since": feed.cells.since[block["block"]]}
+        cursor = self._cursor
         content = {
             "type": "frame",
             "seq": seq,
             "live": live,
-            "cursor": self._cursor,
-            "selected": self._selected,
-            "block": block,
+            "cursor": cursor,
+            "selected": selected,
+            "block": self._described(number, cursor, moment),
             "notice": notice and asdict(notice),
             "explanation": self._explanation,
             "num_answered": self._num_answered,
@@ -120,19 +124,49 @@ class Dashboard:
         if asked is not None:
             content["steps"], more = feed.steps(history, *asked)
             buffers += more
-        wanted = self._cursor, self._selected
-        if self._cursor is not None and wanted != self._past_told:
+        wanted = cursor, selected, moment.num_cuts  # a step that was cut off may be another now
+        if cursor is not None and wanted != self._past_told:
             with contextlib.suppress(UnknownStep):
                 content["past"], more = feed.past(
-                    history, self._cursor, self._selected, self._text_then, self._metrics_then
+                    history, cursor, selected, self._text_then, self._metrics_then
                 )
                 buffers += more
         self._past_told = wanted
-        assert self._widget is not None
         # As text: one string passes the kernel's message cleaning untouched, where nested lists are
         # walked item by item.
         self._widget.send({"type": "frame", "seq": seq, "json": json.dumps(content)}, buffers)
         return moment.cost
+
+    def _described(
+        self, number: int | None, cursor: int | None, moment: Moment
+    ) -> dict[str, Any] | None:
+        """The block that the page asked about, at the moment that it looks at."""
+        if number is None:
+            return None
+        if cursor is None:
+            assert moment.block is not None and self._feed.cells is not None
+            block = moment.block | {"since": self._feed.cells.since[number]}
+        else:
+            wanted = number, cursor, moment.num_cuts
+            if self._block_then is None or self._block_then[0] != wanted:
+                try:
+                    state = self._history.state_at(cursor)
+                except UnknownStep:
+                    return None
+                told = describe_block(
+                    number,
+                    cursor,
+                    state.block_size,
+                    state.running,
+                    tuple(state.cached),
+                    state.contents,
+                )
+                self._block_then = wanted, told
+            block = self._block_then[1]
+        decode = None if self._tokenizer is None else self._tokenizer.decode
+        ids = block["token_ids"]
+        texts = [decode([t], skip_special_tokens=False) for t in ids] if decode else []
+        return block | {"texts": texts}
 
     def _text_then(self, seq: Sequence) -> str:
         """The end of a sequence's text at an earlier step."""
@@ -163,7 +197,8 @@ class Dashboard:
 
     @property
     def is_closed(self) -> bool:
-        return self._is_closed
+        """Also when the page, or `Widget.close_all()`, has closed the widget."""
+        return self._is_closed or (self._widget is not None and self._widget.comm is None)
 
     def close(self) -> None:
         """End the dashboard's thread and connection; its last picture stays in the notebook. The
@@ -296,15 +331,15 @@ class Dashboard:
 
     def _ask_block(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
         block = message.get("block")
-        if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
-            raise InvalidField("block", block, "must be an integer")
+        if block is not None:
+            if isinstance(block, bool) or not isinstance(block, int):
+                raise InvalidField("block", block, "must be an integer")
+            num_blocks = engine.scheduler.pool.num_blocks
+            if not 0 <= block < num_blocks:
+                raise InvalidField("block", block, f"there are blocks 0 to {num_blocks - 1}")
 
         def look() -> None:
-            step = self._cursor
-            self._block = None
-            if block is not None:
-                snapshot = engine.snapshot() if step is None else engine.state_at(step)
-                self._block = describe_block(snapshot, block, engine.tokenizer)
+            self._block = block
 
         return look
 

@@ -26,6 +26,7 @@ def install() -> None:
         awaited = is_awaited()
         if awaited is None or _is_debugger_open():
             return before(*args, **kwargs)
+        _print_in_the_latest_cell()
         if not awaited:
             _log.warning(
                 "breakpoint() was passed over: no cell waits for this step. Pause the engine, and "
@@ -38,6 +39,20 @@ def install() -> None:
 
     hook.is_nbengines = True  # type: ignore[attr-defined]
     sys.breakpointhook = hook
+
+
+def _print_in_the_latest_cell() -> None:
+    """ipykernel 6 prints what a thread says in the cell that started it, which is not the one that
+    shows the prompt; ipykernel 7 prints in the latest."""
+    ipykernel = sys.modules.get("ipykernel")
+    if ipykernel is None or ipykernel.version_info[0] >= 7:
+        return
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "set_parent") and hasattr(shell, "parent_header"):
+            stream.set_parent(shell.parent_header)
 
 
 def _is_debugger_open() -> bool:

@@ -16,12 +16,14 @@ function h(tag, attributes = {}, ...children) {
 // its focus, and a selection survives, while rows around it come and go.
 function reconcile(parent, items, keyOf, make, update) {
   const old = new Map([...parent.children].map((node) => [node.dataset.key, node]));
+  // Who is gone goes first: those that stay then need no moving, which would take their focus.
+  const keys = new Set(items.map((item) => String(keyOf(item))));
+  for (const [key, node] of old) if (!keys.has(key)) node.remove();
   let place = parent.firstElementChild;
   for (const item of items) {
     const key = keyOf(item);
     let node = old.get(key);
-    if (node) old.delete(key);
-    else {
+    if (!node) {
       node = make(item);
       node.dataset.key = key;
     }
@@ -29,7 +31,6 @@ function reconcile(parent, items, keyOf, make, update) {
     if (node === place) place = place.nextElementSibling;
     else parent.insertBefore(node, place);
   }
-  for (const node of old.values()) node.remove();
 }
 
 function setText(node, text) {

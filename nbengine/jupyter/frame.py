@@ -21,7 +21,7 @@ from nbengine.core.records import StepRecord, Wait
 from nbengine.core.request import Sequence, Status
 from nbengine.engine import Engine
 from nbengine.errors import EngineClosed, NbengineError, UnknownRequest
-from nbengine.jupyter.block_map import colour_index
+from nbengine.jupyter.block_map import colour_index, describe_block
 from nbengine.jupyter.cells import BlockCells, Slots, encode_steps
 from nbengine.jupyter.views import record_html, tail, why_it_waits
 from nbengine.outputs import RequestMetrics, RequestOutput
@@ -84,6 +84,8 @@ class Moment:
     """uint32 pairs: the last block of each running sequence, and its slots in use."""
     selected: array[int]
     """uint32: the block table of the sequence that the page asked about."""
+    block: dict[str, Any] | None
+    """The block that the page asked about, as `describe_block` tells of it."""
     num_held: int
     num_cached: int
     num_blocks: int
@@ -96,13 +98,15 @@ class Moment:
     """The latest requests to end, newest first."""
 
 
-def gather(engine: Engine, feed: Feed, selected: str | None = None) -> Moment:
-    """The engine's state now.
+def gather(
+    engine: Engine, feed: Feed, selected: str | None = None, block: int | None = None
+) -> Moment:
+    """The engine's state now, with the table of sequence `selected` and all about `block`.
 
     Raises:
         EngineClosed
     """
-    future = engine.submit(lambda: _gather(engine, feed, selected))
+    future = engine.submit(lambda: _gather(engine, feed, selected, block))
     while True:
         try:
             return future.result(timeout=0.5)
@@ -111,7 +115,7 @@ def gather(engine: Engine, feed: Feed, selected: str | None = None) -> Moment:
                 raise EngineClosed("the engine was closed") from None
 
 
-def _gather(engine: Engine, feed: Feed, selected: str | None) -> Moment:
+def _gather(engine: Engine, feed: Feed, selected: str | None, block: int | None) -> Moment:
     began = time.perf_counter()
     scheduler, history, pool = engine.scheduler, engine.history, engine.scheduler.pool
     step, num_new = scheduler.step_count, scheduler.step_count - feed.step
@@ -160,6 +164,16 @@ def _gather(engine: Engine, feed: Feed, selected: str | None) -> Moment:
         num_waiting=len(scheduler.waiting),
         tails=tails,
         selected=array("I", table),
+        block=None
+        if block is None
+        else describe_block(
+            block,
+            step,
+            pool.block_size,
+            scheduler.running,
+            pool.cached_blocks(),
+            pool.prefix_cache.content_of,
+        ),
         num_held=pool.num_held,
         num_cached=pool.num_cached,
         num_blocks=pool.num_blocks,

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable
 
 from nbengine.engine import Engine
+from nbengine.engine_thread import is_awaited
 from nbengine.errors import EngineClosed
 
 IDLE_POLL_SECONDS = 0.25
@@ -91,10 +92,12 @@ class Publisher:
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread; waits for the frame that is being sent."""
+        """End the thread; waits for the frame that is being sent, but not on an engine's thread,
+        for which that frame may be waiting."""
         self._stopping.set()
         self._wake.set()
-        if threading.current_thread() is not self._thread and self._thread.ident is not None:
+        is_elsewhere = threading.current_thread() is not self._thread and is_awaited() is None
+        if is_elsewhere and self._thread.ident is not None:
             self._thread.join()
 
     def _run(self) -> None:

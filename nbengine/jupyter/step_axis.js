@@ -18,7 +18,7 @@ export const grouped = (n) => GROUPED.format(n);
 
 // Margins for names (left) and values (right), in CSS pixels, and what is left between them.
 export function stepMargins(width) {
-  const [left, right] = width >= 560 ? [104, 104] : width >= 360 ? [72, 90] : [56, 64];
+  const [left, right] = width >= 560 ? [104, 104] : width >= 360 ? [72, 90] : [56, 90];
   return { left, right, plotWidth: Math.max(1, width - left - right) };
 }
 

@@ -33,6 +33,7 @@ while not release.is_set():
 ]
 SHOW, BUSY, CLOSE = 1, 2, 3
 TIMEOUT_MS = 30_000
+PICTURED = "test_a_reloaded_page_shows_the_state_and_its_buttons_work"
 
 
 class DashboardPage:

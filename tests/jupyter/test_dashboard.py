@@ -10,6 +10,7 @@ import weakref
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
+from html.parser import HTMLParser
 from random import Random
 from typing import Any
 
@@ -306,6 +307,30 @@ def test_a_cursor_beyond_the_history_is_let_go(make_engine: MakeEngine, show: An
     page.wait(lambda state: state["cursor"] is None)
 
 
+def test_a_cursor_that_stays_through_a_rewind_shows_the_new_life(
+    make_engine: MakeEngine, show: Any
+) -> None:
+    engine = make_engine()
+    engine.add_request("a b c", SamplingParams(max_tokens=50), request_id="old")
+    engine.step(11)
+    page = show(engine)
+    page.send("cursor", step=9)
+    page.wait(lambda _: page.past is not None)
+    assert [row["id"] for row in page.past["rows"]] == ["old"]
+
+    def live_again() -> None:  # between two frames, so that none sees the engine at step 5
+        engine.rewind(5)
+        engine.abort("old")
+        engine.add_request("a b c", SamplingParams(max_tokens=50), request_id="new")
+        for _ in range(9):
+            engine.step()
+
+    engine.submit(live_again).result()
+    state = page.wait(lambda state: state["step"] == 14)
+    assert state["cursor"] == 9
+    assert [row["id"] for row in page.past["rows"]] == ["new"]
+
+
 def test_a_selected_sequences_table_comes_with_every_frame(
     make_engine: MakeEngine, show: Any
 ) -> None:
@@ -335,6 +360,29 @@ def test_a_block_tells_its_tokens_holders_and_hash(make_engine: MakeEngine, show
     page.wait(lambda state: state["block"]["kind"] == "free")
     page.send("block", block=None)
     page.wait(lambda state: state["block"] is None)
+
+
+def test_a_block_that_is_looked_at_is_told_as_it_is_now_or_at_the_cursor(
+    make_engine: MakeEngine, show: Any
+) -> None:
+    engine = make_engine(num_gpu_blocks_override=4)
+    engine.add_request([1] * 20, SamplingParams(max_tokens=10), request_id="old")
+    engine.step(2)
+    page = show(engine)
+    page.send("block", block=1)
+    page.wait(lambda state: state["block"] and len(state["block"]["token_ids"]) == 5)
+    engine.step()
+    page.wait(lambda state: len(state["block"]["token_ids"]) == 6)
+    engine.abort("old")
+    engine.add_request([2] * 60, SamplingParams(max_tokens=4), request_id="new")
+    engine.step()
+    block = page.wait(lambda state: state["step"] == 4)["block"]
+    assert block["holders"] == ["new"] and block["token_ids"] == [2] * 16
+    assert block["step"] == 4
+    page.send("cursor", step=3)
+    block = page.wait(lambda state: state["cursor"] == 3)["block"]
+    assert block["holders"] == ["old"] and len(block["texts"]) == 6
+    assert block["step"] == 3
 
 
 def test_steps_from_before_the_page_was_there_come_when_asked_for(
@@ -618,6 +666,34 @@ def test_closing_leaves_neither_thread_nor_comm(make_engine: MakeEngine, what: s
             engine.dashboard()
 
 
+def test_closing_on_the_engines_thread_waits_for_no_frame_that_waits_for_it(
+    make_engine: MakeEngine, show: Any
+) -> None:
+    engine = make_engine()
+    page = show(engine)
+    page.wait(lambda state: state["step"] == 0)
+    has_closed = threading.Event()
+
+    def close() -> None:
+        page.send("select", id=None)  # a frame is due, and asks this thread for the state
+        eventually(lambda: not engine._thread._commands.empty())
+        page.dashboard.close()
+        has_closed.set()
+
+    engine.submit(close)
+    assert has_closed.wait(10)
+    eventually(lambda: not page.dashboard._publisher.is_alive)
+
+
+def test_a_widget_that_was_closed_by_others_is_replaced(make_engine: MakeEngine, show: Any) -> None:
+    engine = make_engine()
+    page = show(engine)
+    page.widget.close()
+    assert engine.dashboard() is not page.dashboard
+    page.send("select", id=None)
+    eventually(lambda: not page.dashboard._publisher.is_alive)
+
+
 def test_a_dashboard_keeps_no_engine_alive() -> None:
     engine = ScriptedEngine(model="scripted")
     engine.add_request("a b c")
@@ -686,3 +762,48 @@ def test_without_the_notebook_extras_it_is_a_still_picture(
     assert "req-0" in text
     assert INSTALL_HINT in text
     assert not dashboard_threads()
+
+
+class _Tags(HTMLParser):
+    """Every tag, and every attribute that runs code."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.scripts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.scripts += [name for name, _ in attributes if name.startswith("on")]
+
+
+def test_names_and_texts_are_no_html(make_engine: MakeEngine, show: Any) -> None:
+    hostile = '<x onload=alert(1)>\'" onload="alert(2)" é\u202e</td>&amp;'
+    engine = make_engine(num_gpu_blocks_override=4, max_num_seqs=2)
+    policy = type(hostile, (), {"dynamic": False, "rank": lambda self, sequence: 0})
+    engine.set_policy(policy)
+    long = hostile * (256 // len(hostile))
+    for name in (hostile, long, "waits " + hostile):
+        engine.add_request(hostile + " a" * 20, SamplingParams(max_tokens=20, n=1), request_id=name)
+    engine.step(2)
+    page = show(engine)
+    page.send("select", id=hostile)
+    state = page.wait(lambda state: state["step"] == 2 and state["selected"] == hostile)
+    assert {row["id"] for row in state["sequences"]} == {hostile, long, "waits " + hostile}
+    pictures = [
+        state["record"],
+        page.dashboard._still()["text/html"],
+        engine.snapshot()._repr_html_(),
+        engine.history._repr_html_(),
+        engine._repr_html_(),
+        engine.output(hostile)._repr_html_(),
+    ]
+    engine.runner.error = RuntimeError(hostile)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    pictures.append(page.wait(lambda state: "taken back" in state["record"])["record"])
+    for html in pictures:
+        found = _Tags(html)
+        assert "x" not in found.tags and not found.scripts, html
+        assert "alert(1)" in html, "it is shown as it is"
