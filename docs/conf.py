@@ -56,7 +56,10 @@ def setup(app: Any) -> None:
 
 def without_fields(app: Any, what: str, name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
     """A record that only the engine makes is shown without its long constructor."""
-    made_by_engine = ("records", "snapshot", "why", "outputs", "history", "logprobs", "compare")
+    made_by_engine = (
+        *("records", "snapshot", "why", "outputs", "history", "logprobs", "compare"),
+        *("probe", "rewind", "breakpoints", "startup"),
+    )
     module = getattr(obj, "__module__", "").rpartition(".")[2]
     return ("", "") if what == "class" and module in made_by_engine else None
 

@@ -636,7 +636,7 @@ class Engine:
         """What would have happened after step `step` under another policy or other numbers
         (`max_num_batched_tokens`, `num_blocks`, `max_num_seqs`, ...: fields of `SchedulerConfig`): the
         scheduler alone, with the requests and the tokens that came in truth. The engine is not
-        touched. Compare what it returns with `engine.history` (`nbengine.compare`); see
+        touched; only its policy is asked where no other is named, so name anew one that keeps a state. Compare what it returns with `engine.history` (`nbengine.compare`); see
         `nbengine.core.simulate.fork`.
 
         Raises:

@@ -324,10 +324,14 @@ class Feed:
         self.finished: tuple[dict[str, Any], ...] = ()
         self._rows: dict[str, dict[str, Any]] = {}
         self._num_names = 0
+        self._is_fresh = True
         self._rates = _Rates()
 
     def forget(self) -> None:
-        """A page is new, or has lost a message: the next one is whole."""
+        """A page is new, or has lost a message: the next one is whole, and names anew only who is in
+        it, so that a long life does not make it long."""
+        self.slots = Slots()
+        self._is_fresh = True
         self._rows.clear()
         self._num_names = 0
         self.cells = None
@@ -357,7 +361,9 @@ class Feed:
         told, self._rows = self._rows, {row["id"]: row for row in moment.rows}
         names = self.slots.names(self._num_names)
         self._num_names = len(self.slots)
+        is_fresh, self._is_fresh = self._is_fresh, False
         content = {
+            "is_fresh": is_fresh,
             "is_whole": is_whole,
             "is_cut": is_cut,
             "names": names,

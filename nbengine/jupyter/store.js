@@ -86,8 +86,9 @@ function createStore() {
       const pairs = typed(Uint32Array, blocks);
       for (let i = 0; i < pairs.length; i += 2) cells[pairs[i]] = pairs[i + 1];
     }
+    if (live.is_fresh) names.clear(); // numbers stand for other sequences now
     learn(live.names);
-    if (live.is_cut) steps.clear();
+    if (live.is_cut || live.is_fresh) steps.clear();
     steps.add(typed(Float64Array, numbers), typed(Uint32Array, entries));
     steps.bound(live.first_step, live.step);
     for (const row of live.rows) rows.set(row.id, row);

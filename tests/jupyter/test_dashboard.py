@@ -64,8 +64,10 @@ class Page:
             pairs = iter(array("I", buffers[2]))
             for block, cell in zip(pairs, pairs, strict=True):
                 self.cells[block] = cell
-        if live["is_cut"]:
+        if live["is_cut"] or live["is_fresh"]:
             self.steps.clear()
+        if live["is_fresh"]:
+            self.names.clear()
         parts = [live]
         rest = buffers[5:]
         self._learn_steps(*buffers[:2])
@@ -383,6 +385,23 @@ def test_a_block_that_is_looked_at_is_told_as_it_is_now_or_at_the_cursor(
     block = page.wait(lambda state: state["cursor"] == 3)["block"]
     assert block["holders"] == ["old"] and len(block["texts"]) == 6
     assert block["step"] == 3
+
+
+def test_a_new_page_is_told_only_the_names_that_it_needs(
+    make_engine: MakeEngine, show: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbengine.jupyter.frame.MAX_STEPS", 3)
+    engine = make_engine()
+    page = show(engine)
+    for _ in range(50):
+        engine.add_request("a b c", SamplingParams(max_tokens=1))
+        engine.run()
+        page.wait(lambda state: state["step"] == engine.scheduler.step_count)
+    assert len(page.names) == 50
+    page.send("ready")
+    page.wait(lambda state: len(page.names) == 3)
+    page.send("steps", first=10, last=10)
+    eventually(lambda: "req-9" in page.names.values())
 
 
 def test_steps_from_before_the_page_was_there_come_when_asked_for(
