@@ -193,7 +193,19 @@ function render({ model, el }) {
   // The timeline asks for steps that the page lacks, for both.
   const charts = createCharts({ palette, onCursor: setCursor, onMissing: () => {} });
   const card = h("div", { class: "nbe-card" });
-  const inspector = h("section", { "aria-label": "Step inspector" }, h("h4", {}, "Step"), card);
+  const ops = h("div", { class: "nbe-card", role: "region", "aria-label": "Kernels", ".hidden": true });
+  const kernels = h(
+    "button",
+    {
+      type: "button",
+      class: "nbe-small",
+      "aria-expanded": "false",
+      title: "What each kernel costs at the engine's batch, against the roofline; on a GPU it is timed, which takes some seconds",
+      onclick: () => send("kernels", { shown: !store.kernels }),
+    },
+    "kernels",
+  );
+  const inspector = h("section", { "aria-label": "Step inspector" }, h("h4", {}, "Step ", kernels), card, ops);
 
   const root = h(
     "div",
@@ -304,6 +316,12 @@ function render({ model, el }) {
     if (shownRecord !== now.record) {
       shownRecord = now.record;
       card.innerHTML = now.record || "<div class='nbe-empty'>No step was taken yet.</div>";
+    }
+    ops.hidden = !store.kernels;
+    kernels.setAttribute("aria-expanded", String(!ops.hidden));
+    if (store.kernels && ops.dataset.html !== store.kernels) {
+      ops.dataset.html = store.kernels;
+      ops.innerHTML = store.kernels; // of the kernel's own making: it escapes what others wrote
     }
     root.dataset.step = live.step;
     root.dataset.shown = now.step;

@@ -74,6 +74,8 @@ class Dashboard:
         self._feed = Feed()
         self._notice: Notice | None = None
         self._explanation: str | None = None
+        self._kernels: str | None = None
+        """What each op costs, once it was asked for."""
         self._cursor: int | None = None
         self._selected: str | None = None
         self._block: int | None = None
@@ -118,6 +120,7 @@ class Dashboard:
             "block": self._described(number, cursor, moment),
             "notice": notice and asdict(notice),
             "explanation": self._explanation,
+            "kernels": self._kernels,
             "num_answered": self._num_answered,
         }
         asked, self._asked = self._asked, None
@@ -329,6 +332,19 @@ class Dashboard:
         num_tokens = message.get("tokens")
         return lambda: engine.set_max_num_batched_tokens(num_tokens)  # type: ignore[arg-type]
 
+    def _ask_kernels(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
+        if message.get("shown") is False:
+            return lambda: setattr(self, "_kernels", None)
+        kernels = engine.kernels  # or a notice that there are none
+
+        def survey() -> None:
+            step = engine.scheduler.step_count
+            self._kernels = (
+                f"<div>at the batch after step {step}</div>{kernels.survey()._repr_html_()}"
+            )
+
+        return survey
+
     def _ask_block(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
         block = message.get("block")
         if block is not None:
@@ -413,6 +429,7 @@ _COMMANDS: dict[str, Callable[[Dashboard, Engine, dict[str, Any]], Callable[[], 
     "policy": Dashboard._policy,
     "budget": Dashboard._budget,
     "block": Dashboard._ask_block,
+    "kernels": Dashboard._ask_kernels,
 }
 _LOOKS: dict[str, Callable[[Dashboard, dict[str, Any]], None]] = {
     "cursor": Dashboard._set_cursor,

@@ -126,7 +126,7 @@ function createStore() {
         table: typed(Uint32Array, buffers[at + 2]),
       };
     }
-    for (const key of ["cursor", "selected", "block", "notice", "explanation", "num_answered"]) {
+    for (const key of ["cursor", "selected", "block", "notice", "explanation", "kernels", "num_answered"]) {
       store[key] = content[key];
     }
     return true;

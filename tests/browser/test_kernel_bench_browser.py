@@ -78,6 +78,17 @@ def test_a_right_one_is_swapped_into_the_running_engine(notebook: NotebookPage) 
     assert "running" in requests and "4 + 13" in requests, "its request goes on"
 
 
+def test_the_step_inspector_tells_what_each_kernel_costs(notebook: NotebookPage) -> None:
+    root = notebook.page.locator(".nbe")
+    root.get_by_role("button", name="kernels", exact=True).click()
+    table = root.get_by_role("region", name="Kernels")
+    table.get_by_text("at the batch after step 13").wait_for()
+    text = table.inner_text()
+    assert "paged_attention_decode" in text and "not measured" in text
+    root.get_by_role("button", name="kernels", exact=True).click()
+    table.wait_for(state="hidden")
+
+
 def test_the_list_of_kernels_tells_it_apart(notebook: NotebookPage) -> None:
     notebook.run(LIST)
     text = output(notebook, LIST).first.inner_text()

@@ -77,6 +77,7 @@ class ScriptedRunner(FakeExecutor):
     """`FakeExecutor` as the engine's runner: slow, held up, or failing, as the test asks."""
 
     has_lost_device = False
+    kernels = None
 
     def __init__(self) -> None:
         super().__init__()
