@@ -107,7 +107,8 @@ class Engine:
         self._is_started = False
         self._is_closed = False
         self._is_stepping = False
-        self._requests = Requests()
+        self.requests = Requests()
+        """What callers know of, with texts and times; to be read on the engine's thread."""
         self._num_arrivals = 0
         self._seeds = random.Random(config.seed)
         self._on_step: list[Callable[[StepRecord], None]] = []
@@ -231,7 +232,7 @@ class Engine:
                         seq.seq_id, output.logits.get(seq.request.request_id)
                     )
                     rewound.compare(seq, scheduler.step_count + 1, logits)
-            self._requests.take(plan, output, advanced, scheduler.finish)
+            self.requests.take(plan, output, advanced, scheduler.finish)
             return scheduler.seal(
                 Phases(
                     schedule=scheduled - began,
@@ -251,7 +252,7 @@ class Engine:
             self.history.keep(Keyframe(self.scheduler))
         self._stop_at_breakpoints(record)
         if self.history.num_cuts == num_cuts:
-            self._requests.deliver(record, self.clock())
+            self.requests.deliver(record, self.clock())
         for listener in tuple(self._on_step):
             if self.history.num_cuts != num_cuts:
                 return
@@ -344,13 +345,13 @@ class Engine:
     def _next_id(self) -> str:
         """The id of the next request that is given none."""
         names = (f"req-{number}" for number in itertools.count(self._num_arrivals))
-        return next(name for name in names if name not in self._requests.unfinished)
+        return next(name for name in names if name not in self.requests.unfinished)
 
     def _queue(
         self, request: Request, is_named: bool, text: str | None, subscriber: Subscriber | None
     ) -> str:
         name = request.request_id if is_named else self._next_id()
-        if name in self._requests.unfinished:
+        if name in self.requests.unfinished:
             raise InvalidRequest(f"request id {name!r} is in use: choose another, or none")
         seed = request.params.seed if isinstance(request.params, SamplingParams) else None
         request = dataclasses.replace(
@@ -363,7 +364,7 @@ class Engine:
         live = self.scheduler.add(request)
         self._num_arrivals += 1
         metrics = RequestMetrics(request.arrival_time)
-        self._requests.add(RequestState(live, text, self.tokenizer, metrics, subscriber))
+        self.requests.add(RequestState(live, text, self.tokenizer, metrics, subscriber))
         return name
 
     def abort(self, *request_ids: str) -> None:
@@ -374,7 +375,7 @@ class Engine:
         """
 
         def abort() -> None:
-            unknown = [name for name in request_ids if name not in self._requests]
+            unknown = [name for name in request_ids if name not in self.requests]
             self._abort_now(request_ids)
             if unknown:
                 raise UnknownRequest(f"no request {', '.join(map(repr, unknown))}")
@@ -389,7 +390,7 @@ class Engine:
             UnknownRequest: it was never added, or finished long ago.
         """
 
-        return self._call(lambda: self._requests[request_id].output())
+        return self._call(lambda: self.requests[request_id].output())
 
     def metrics(self, request_id: str) -> RequestMetrics:
         """When a request came, was first worked on, and got each of its tokens.
@@ -397,7 +398,7 @@ class Engine:
         Raises:
             UnknownRequest: as `output`.
         """
-        return self._call(lambda: self._requests[request_id].metrics_now())
+        return self._call(lambda: self.requests[request_id].metrics_now())
 
     # ------------------------------------------------------------------ running
 
@@ -496,11 +497,11 @@ class Engine:
         caller that never got an answer."""
         for queue_request in requests:
             names.append(queue_request(subscriber))
-            self._requests.driven.add(names[-1])
+            self.requests.driven.add(names[-1])
 
     def _wants_step(self) -> bool:
         return (
-            (self._is_started or bool(self._requests.driven))
+            (self._is_started or bool(self.requests.driven))
             and not self._is_closed
             and self.scheduler.has_work
         )
@@ -511,7 +512,7 @@ class Engine:
         except BaseException as error:  # it reaches whoever waits for a result
             self.error = error
             self._is_started = False
-            self._requests.tell_all(error)
+            self.requests.tell_all(error)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -562,7 +563,7 @@ class Engine:
         finally:  # without waiting, because the task may have been cancelled
             begun.cancel()
             with contextlib.suppress(EngineClosed):
-                self.submit(lambda: self._abort_now(self._requests.of(deliver, names)))
+                self.submit(lambda: self._abort_now(self.requests.of(deliver, names)))
 
     def _abort_unfinished(self, names: Seq[str], subscriber: Subscriber) -> None:
         """`abort`, for clean-up: a closed engine is no error, an interrupt does not prevent it, and
@@ -570,7 +571,7 @@ class Engine:
         a step)."""
 
         def abort() -> None:
-            self._abort_now(self._requests.of(subscriber, names))
+            self._abort_now(self.requests.of(subscriber, names))
 
         with contextlib.suppress(EngineClosed):
             if self._thread.is_current:
@@ -580,11 +581,11 @@ class Engine:
 
     def _abort_now(self, names: Seq[str]) -> None:
         for name in names:
-            state = self._requests.unfinished.get(name)
+            state = self.requests.unfinished.get(name)
             if state is not None:
                 if not state.finished:
                     self.scheduler.abort(name)
-                self._requests.retire(state, self.clock())
+                self.requests.retire(state, self.clock())
 
     # ------------------------------------------------------------------ time travel
 
@@ -623,11 +624,11 @@ class Engine:
         dropped = self.history.cut(step)
         self.history.keep(Keyframe(self.scheduler))
         self._is_started, self.error, self.stopped_at = False, None, None
-        expected, gone = self._requests.rewind(alive, dropped, self.tokenizer)
+        expected, gone = self.requests.rewind(alive, dropped, self.tokenizer)
         decode = self.tokenizer.decode if self.tokenizer is not None else None
         rewound = Rewind(step, dropped, expected, lambda token: decode([token]) if decode else "")
         self._rewound = weakref.ref(rewound)
-        self._requests.tell_gone(gone, self.clock())  # last: a subscriber may go on from here
+        self.requests.tell_gone(gone, self.clock())  # last: a subscriber may go on from here
         return rewound
 
     def fork(
@@ -651,7 +652,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """Queues and blocks as they stand between two steps."""
-        return self._call(lambda: State.of(self.scheduler).snapshot(self._text_of))
+        return self._call(lambda: State.of(self.scheduler).snapshot(self.requests.text_of))
 
     @property
     def model(self) -> Decoder:
@@ -699,9 +700,6 @@ class Engine:
     def _live_calls(self, *ops: str) -> dict[str, list[Arguments]]:
         assert self._runner is not None
         return self._runner.live_calls(ops, self.scheduler.running)
-
-    def _text_of(self, seq: Sequence) -> str:
-        return self._requests.text_of(seq)
 
     def why(self, name: str) -> Explanation:
         """Why a request (or one of its sequences) waits, was preempted, got fewer tokens than it
@@ -859,7 +857,7 @@ class Engine:
         self._is_closed = True
         _release_frames(self.error)
         _release_frames(self._failure)
-        self._abort_now(list(self._requests.unfinished))
+        self._abort_now(list(self.requests.unfinished))
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()

@@ -81,7 +81,7 @@ def bystander(llm, expected):
     assert engine.has_work
     snapshot = engine.snapshot()
     assert [s.request_id for s in (*snapshot.running, *snapshot.waiting)] == [name]
-    assert not engine._requests.driven
+    assert not engine.requests.driven
     engine.run()
     assert engine.output(name).outputs[0].token_ids == expected
     assert engine.scheduler.pool.num_held == 0

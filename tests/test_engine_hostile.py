@@ -34,7 +34,7 @@ def llm_of(engine: Engine) -> LLM:
 
 def is_idle(engine: Engine) -> bool:
     """After all that was queued before: no request, and no wish to step."""
-    return engine._call(lambda: not engine.has_work and not engine._requests.driven)
+    return engine._call(lambda: not engine.has_work and not engine.requests.driven)
 
 
 def wait_for(condition, seconds=30):
@@ -423,7 +423,7 @@ class TestFailedSteps:
         engine = make()
         got = []
         engine.add_request(PROMPT, GREEDY.clone(max_tokens=1), subscriber=got.append)
-        monkeypatch.setattr(engine._requests, "take", None)
+        monkeypatch.setattr(engine.requests, "take", None)
         with pytest.raises(TypeError):
             engine.step()
         assert [output.finished for output in got] == [True]
@@ -456,7 +456,7 @@ class TestAsync:
         loop.run_until_complete(anext(stream))
         loop.close()
         wait_for(lambda: is_idle(engine))
-        (out,) = [engine.output(name) for name in engine._requests._finished]
+        (out,) = [engine.output(name) for name in engine.requests._finished]
         assert out.outputs[0].finish_reason == "abort"
         del stream
 
@@ -492,7 +492,7 @@ class TestLongSessions:
         for _ in range(12):
             names.append(engine.add_request(PROMPT, one))
             engine.step()
-        assert len(engine._requests._finished) == 5
+        assert len(engine.requests._finished) == 5
         with pytest.raises(UnknownRequest):
             engine.output(names[0])
         assert engine.output(names[-1]).finished
@@ -503,7 +503,7 @@ class TestLongSessions:
         engine = make()
         names = [engine.add_request(PROMPT, GREEDY) for _ in range(4)]
         engine.run()
-        assert [name in engine._requests._finished for name in names] == [False, False, True, True]
+        assert [name in engine.requests._finished for name in names] == [False, False, True, True]
 
     def test_many_aborted_before_a_step_do_not_break_it(self, make):
         engine = make()

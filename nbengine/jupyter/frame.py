@@ -134,7 +134,7 @@ def _gather(engine: Engine, feed: Feed, selected: str | None, block: int | None)
     records = tuple(history[-k] for k in range(num_new, 0, -1))
     waits = why_it_waits(history[-1] if len(history) else None)
     head = next((w.seq_id for w in waits.values() if not w.got), None)
-    requests = engine._requests
+    requests = engine.requests
     queued = [*scheduler.running[:MAX_SEQUENCES], *scheduler.waiting[:MAX_SEQUENCES]]
     rows = [
         _row(seq, requests.text_of(seq), requests[seq.request.request_id].metrics, waits, head)
