@@ -263,7 +263,7 @@ class Dashboard:
         """One step, and the rest as a new command: what others ask for gets its turn between."""
         if engine.has_work and not engine.is_closed:
             engine.step()
-            if n > 1:
+            if n > 1 and engine.stopped_at is None:
                 self._submit(engine, lambda: self._take_steps(engine, n - 1))
 
     def _run(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:

@@ -68,7 +68,6 @@ class Moment:
     budget: int
     max_budget: int
     is_running: bool
-    has_work: bool
     failure: Notice | None
     """What ended the last background run."""
     stopped: str | None
@@ -140,10 +139,7 @@ def _gather(engine: Engine, feed: Feed, selected: str | None, block: int | None)
         _row(seq, requests.text_of(seq), requests[seq.request.request_id].metrics, waits, head)
         for seq in queued[:MAX_SEQUENCES]
     ]
-    tails = array("I")
-    for seq in scheduler.running:
-        tails.extend((seq.block_table[-1], _used(seq, pool.block_size)))
-    table = next((s.block_table for s in scheduler.running if s.seq_id == selected), [])
+    tails, table = _tables(scheduler.running, pool.block_size, selected)
     return Moment(
         step=step,
         num_cuts=history.num_cuts,
@@ -152,7 +148,6 @@ def _gather(engine: Engine, feed: Feed, selected: str | None, block: int | None)
         budget=scheduler.config.max_num_batched_tokens,
         max_budget=engine.config.max_num_batched_tokens,
         is_running=engine.is_running,
-        has_work=engine.has_work,
         failure=None
         if engine.error is None
         else Notice.of(engine.error, "The background run stopped. "),
@@ -163,7 +158,7 @@ def _gather(engine: Engine, feed: Feed, selected: str | None, block: int | None)
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
         tails=tails,
-        selected=array("I", table),
+        selected=table,
         block=None
         if block is None
         else describe_block(
@@ -224,6 +219,18 @@ def _why(seq: Sequence, waits: dict[str, Wait], head: str | None) -> str:
     if seq.status is Status.RUNNING:
         return ""
     return f"waits behind {head}" if head is not None else "waits for the next step"
+
+
+def _tables(
+    running: Iterable[Sequence], block_size: int, selected: str | None
+) -> tuple[array[int], array[int]]:
+    """`Moment.tails` and `Moment.selected`."""
+    tails, table = array("I"), array("I")
+    for seq in running:
+        tails.extend((seq.block_table[-1], _used(seq, block_size)))
+        if seq.seq_id == selected:
+            table.extend(seq.block_table)
+    return tails, table
 
 
 def _used(seq: Sequence, block_size: int) -> int:
@@ -359,21 +366,18 @@ class Feed:
         self.finished = moment.finished
         rows, entries = encode_steps(moment.records, self.slots)
         told, self._rows = self._rows, {row["id"]: row for row in moment.rows}
-        names = self.slots.names(self._num_names)
-        self._num_names = len(self.slots)
         is_fresh, self._is_fresh = self._is_fresh, False
         content = {
             "is_fresh": is_fresh,
             "is_whole": is_whole,
             "is_cut": is_cut,
-            "names": names,
+            "names": self._new_names(),
             "step": moment.step,
             "first_step": moment.first_step,
             "policy": moment.policy,
             "budget": moment.budget,
             "max_budget": moment.max_budget,
             "is_running": moment.is_running,
-            "has_work": moment.has_work,
             "stopped": moment.stopped,
             "order": [row["id"] for row in moment.rows],
             "rows": [row for row in moment.rows if told.get(row["id"]) != row],
@@ -393,15 +397,20 @@ class Feed:
         arrays = (rows, entries, blocks, moment.tails, moment.selected)
         return content, [each.tobytes() for each in arrays]
 
+    def _new_names(self) -> list[tuple[int, str, int]]:
+        """Of the sequences that are in this message and were in none before: so it is asked for last."""
+        names = self.slots.names(self._num_names)
+        self._num_names = len(self.slots)
+        return names
+
     def steps(self, history: History, first: int, last: int) -> Message:
         """Steps that a page lacks, as far as the history has them: the latest `MAX_STEPS` of those
         asked for. Buffers as the first two of `message`."""
-        kept = range(max(first, last - MAX_STEPS + 1, _first_step(history)), last + 1)
-        records = [history[n] for n in kept if n <= self.step]
+        first_told, last_told = max(first, last - MAX_STEPS + 1), min(last, self.step)
+        # Not by number: the engine's thread may drop the oldest meanwhile.
+        records = [record for record in history if first_told <= record.step <= last_told]
         arrays = encode_steps(records, self.slots)
-        names = self.slots.names(self._num_names)
-        self._num_names = len(self.slots)
-        content = {"first": first, "last": last, "names": names}
+        content = {"first": first, "last": last, "names": self._new_names()}
         return content, [each.tobytes() for each in arrays]
 
     def past(
@@ -429,15 +438,10 @@ class Feed:
         cells = BlockCells(
             len(state.ref_counts), running, state.cached, state.contents, step, self.slots
         )
-        names = self.slots.names(self._num_names)
-        self._num_names = len(self.slots)
-        tails = array("I")
-        for seq in running:
-            tails.extend((seq.block_table[-1], _used(seq, state.block_size)))
-        table = next((s.block_table for s in running if s.seq_id == selected), [])
+        tails, table = _tables(running, state.block_size, selected)
         content = {
             "step": step,
-            "names": names,
+            "names": self._new_names(),
             "policy": state.policy,
             "rows": rows,
             "num_running": len(running),
@@ -446,7 +450,7 @@ class Feed:
             "num_cached": len(state.cached),
             "record": record_html(record) if record is not None else "",
         }
-        arrays = (cells.cells, tails, array("I", table))
+        arrays = (cells.cells, tails, table)
         return content, [each.tobytes() for each in arrays]
 
 

@@ -658,6 +658,18 @@ def test_run_until_stops_there_once(make_engine: MakeEngine, show: Any) -> None:
     page.wait(lambda state: state["step"] == 9 and not state["stopped"])
 
 
+def test_several_steps_end_at_a_breakpoint(make_engine: MakeEngine, show: Any) -> None:
+    engine = make_engine()
+    engine.add_request("a b c", SamplingParams(max_tokens=50))
+    engine.break_on(lambda record: record.step == 4)
+    page = show(engine)
+    page.send("step", n=10)
+    page.wait(lambda state: state["stopped"])
+    page.send("why", id="req-0")  # what was still to be done would be done before it
+    page.wait(lambda state: state["explanation"])
+    assert engine.scheduler.step_count == 4
+
+
 # ---------------------------------------------------------------------- its life
 
 
