@@ -697,9 +697,11 @@ class Engine:
             )
         return EngineKernels(self, table)
 
-    def _live_calls(self, *ops: str) -> dict[str, list[Arguments]]:
+    def _live_calls(self, *ops: str, step: int | None = None) -> dict[str, list[Arguments]]:
         assert self._runner is not None
-        return self._runner.live_calls(ops, self.scheduler.running)
+        if step is None:
+            return self._runner.live_calls(ops, self.scheduler.running)
+        return self._runner.calls_of(ops, self.history.batch_at(step))
 
     def why(self, name: str) -> Explanation:
         """Why a request (or one of its sequences) waits, was preempted, got fewer tokens than it

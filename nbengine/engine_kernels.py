@@ -84,25 +84,37 @@ class EngineKernels:
         """What runs this op now."""
         return self._table.implementation(op)
 
-    def live_calls(self, *ops: str) -> dict[str, list[Arguments]]:
+    def live_calls(self, *ops: str, step: int | None = None) -> dict[str, list[Arguments]]:
         """Arguments of calls of each op at the engine's current batch: those of a step that computes
         the running requests' last tokens again, or one token where none runs. Two of each at most,
-        as copies; none of an op that such a step does not call."""
-        return self.between_steps(lambda: self._engine._live_calls(*ops))
+        as copies; none of an op that such a step does not call.
 
-    def survey(self, gpu: str | None = None) -> Survey:
-        """What each op costs at the engine's batch: bytes, operations, and on a GPU its time and
-        which fraction of the roofline it reaches (that takes some seconds). Elsewhere against the
-        published figures of `gpu` ("H100", "A100", "L4", ...)."""
+        Args:
+            step: that step's calls instead. It is laid out and computed again; of blocks that have
+                passed on to others since, the numbers are the new holders'.
+
+        Raises:
+            UnknownStep: the history does not reach that step.
+        """
+        return self.between_steps(lambda: self._engine._live_calls(*ops, step=step))
+
+    def survey(self, gpu: str | None = None, *, step: int | None = None) -> Survey:
+        """What each op costs at the engine's batch, or in step `step`: bytes, operations, and on a
+        GPU its time and which fraction of the roofline it reaches (that takes some seconds).
+        Elsewhere against the published figures of `gpu` ("H100", "A100", "L4", ...).
+
+        Raises:
+            UnknownStep: the history does not reach that step.
+        """
         from nbengine.kernel_survey import survey
 
-        return survey(self, gpu)
+        return survey(self, gpu, step)
 
-    def roofline(self, gpu: str | None = None) -> RooflinePlot:
+    def roofline(self, gpu: str | None = None, *, step: int | None = None) -> RooflinePlot:
         """The same, drawn: each op under the roofs of memory and of matrix products."""
         from nbengine.kernel_survey import RooflinePlot
 
-        return RooflinePlot(self.survey(gpu))
+        return RooflinePlot(self.survey(gpu, step=step))
 
     def watch(self, op: str, *, of: tuple[int, int, int] = (0, 0, 0)) -> KernelTrace:
         """What each thread of one CUDA block does in a call at the engine's batch, emulated: see

@@ -1,5 +1,5 @@
-"""`survey`: what every op of an engine costs at the batch that it holds now, and under which roof it
-lies; and `RooflinePlot`, which draws that.
+"""`survey`: what every op of an engine costs at the batch that it holds now, or in a step that it took,
+and under which roof it lies; and `RooflinePlot`, which draws that.
 
 The least bytes and operations of each op are its own model's, of a live call. On the GPU that the
 engine runs on, each op is timed too, and the roofs are that GPU's, measured. Elsewhere nothing is
@@ -34,7 +34,7 @@ DEFAULT_GPU = "H100"
 
 @dataclass(frozen=True, slots=True)
 class OpSurvey:
-    """One op: what runs it, and one call of it at the engine's batch."""
+    """One op: what runs it, and one call of it."""
 
     implementation: Implementation
     cost: Cost | None
@@ -62,7 +62,7 @@ class OpSurvey:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Survey:
-    """Every op of an engine, at its batch."""
+    """Every op of an engine at one batch."""
 
     rows: tuple[OpSurvey, ...]
     roofs: Roofline | None
@@ -109,15 +109,20 @@ class Survey:
         return f"<div>{escape(self.note)}</div>{table_html(self._headers(), self._table())}"
 
 
-def survey(ops: EngineKernels | None = None, gpu: str | None = None) -> Survey:
-    """Every op of an engine at its batch; timed where the engine runs on a GPU, between two steps.
+def survey(
+    ops: EngineKernels | None = None, gpu: str | None = None, step: int | None = None
+) -> Survey:
+    """Every op of an engine at its batch, or in a step; timed where the engine runs on a GPU, between
+    two steps.
 
     Args:
         ops: `engine.kernels`; without, only what would run each op is said.
         gpu: a name in `PUBLISHED`, whose roofs are used where nothing can be measured.
+        step: one that the engine took; what runs each op now is what is costed and timed.
 
     Raises:
         InvalidField: no such GPU.
+        UnknownStep: the history does not reach that step.
         EngineClosed
     """
     published = _published(gpu)
@@ -127,13 +132,14 @@ def survey(ops: EngineKernels | None = None, gpu: str | None = None) -> Survey:
         return Survey(rows, None, "no engine is loaded: there is no batch to cost or to time")
     calls = {
         op: max(found, key=lambda call: _bytes(op, call), default=None)
-        for op, found in ops.live_calls(*OPS).items()
+        for op, found in ops.live_calls(*OPS, step=step).items()
     }
+    of_what = "at the engine's batch" if step is None else f"in step {step}"
     if ops.device.type == "cuda":
-        return ops.between_steps(lambda: _measured(ops, calls, published))
+        return ops.between_steps(lambda: _measured(ops, calls, published, of_what))
     rows = tuple(_costed(implementation, calls) for implementation in ops.implementations)
     note = (
-        f"at the engine's batch, not measured: there is no GPU here, and times are at least those of "
+        f"{of_what}, not measured: there is no GPU here, and times are at least those of "
         f"{published.device}, by published figures"
     )
     return Survey(rows, published, note, untimed="no GPU")
@@ -150,7 +156,7 @@ def _bytes(op: str, call: Arguments) -> int:
 
 
 def _case(call: Arguments) -> Case:
-    return Case("the engine's batch", lambda _: cloned(call))
+    return Case("a call of the engine's", lambda _: cloned(call))
 
 
 def _costed(
@@ -162,13 +168,15 @@ def _costed(
 
 
 def _measured(
-    ops: EngineKernels, calls: dict[str, Arguments | None], published: Roofline
+    ops: EngineKernels, calls: dict[str, Arguments | None], published: Roofline, of_what: str
 ) -> Survey:
     try:
         roofs = roofline(ops.device)
     except NotEnoughMemory as error:
         rows = tuple(_costed(implementation, calls) for implementation in ops.implementations)
-        return Survey(rows, published, f"not measured: {error}. {published.device} as published")
+        return Survey(
+            rows, published, f"{of_what}, not measured: {error}. {published.device} as published"
+        )
     left_out = []
     rows_found = []
     for implementation in ops.implementations:
@@ -182,7 +190,7 @@ def _measured(
         elif call is not None:
             left_out.append(f"{implementation.op.name} (a Python function)")
         rows_found.append(_costed(implementation, calls, timing))
-    note = f"at the engine's batch, measured on {roofs.device}"
+    note = f"{of_what}, measured on {roofs.device}"
     if left_out:
         note += f"; not timed: {', '.join(left_out)}"
     return Survey(tuple(rows_found), roofs, note)

@@ -9,9 +9,10 @@ from pathlib import Path
 from xml.dom import minidom
 
 import pytest
+import torch
 
 from nbengine import Engine, SamplingParams
-from nbengine.errors import InvalidField
+from nbengine.errors import InvalidField, UnknownStep
 from nbengine.kernel_survey import OpSurvey, RooflinePlot, Survey, _spread, survey
 from nbengine.kernels.implementation import Implementation
 from nbengine.kernels.op import Cost
@@ -160,6 +161,44 @@ def test_an_emulated_engine_is_held_against_published_figures_and_nothing_is_tim
         assert engine.snapshot() == before
 
 
+def test_a_step_of_the_past_is_costed_by_what_it_computed(model: Path) -> None:
+    for engine in engine_of(model, "emulated"):
+        engine.run()
+        cache = engine._runner.kv_cache.data.view(torch.int32)  # what was never written may be NaN
+        before = cache.clone()
+        first, second = (
+            {row.name: row.cost for row in engine.kernels.survey(step=step).rows} for step in (1, 2)
+        )
+        assert (engine.history[1].num_tokens, engine.history[2].num_tokens) == (9, 2)
+        assert first["rms_norm"] == Cost(4 * 9 * 64 * 4 + 64 * 4, 4 * 9 * 64)
+        assert second["rms_norm"] == Cost(4 * 2 * 64 * 4 + 64 * 4, 4 * 2 * 64)
+        assert first["paged_attention_prefill"] and not first["paged_attention_decode"]
+        assert second["paged_attention_decode"] and not second["paged_attention_prefill"]
+        assert "in step 2, not measured" in str(engine.kernels.roofline(step=2))
+        assert cache.equal(before)
+        with pytest.raises(UnknownStep, match="no record of step 99"):
+            engine.kernels.survey(step=99)
+
+
+def test_the_calls_of_a_step_of_the_past_are_those_that_it_made(model: Path) -> None:
+    for engine in engine_of(model, "emulated"):
+        recording = engine._runner.kernels.record("paged_attention_decode")
+        engine.step()
+        step = engine.history[-1].step
+        engine.step(2)
+        made, again = (
+            recording.calls[0],
+            engine.kernels.live_calls("paged_attention_decode", step=step),
+        )
+        for name, argument in again["paged_attention_decode"][0].items():
+            if name in ("out", "k_cache", "v_cache"):
+                continue  # nothing is in the one yet, and in the others more tokens than then
+            if isinstance(argument, torch.Tensor):
+                assert argument.equal(made[name]), name
+            else:
+                assert argument == made[name], name
+
+
 @needs_gpu
 def test_on_a_gpu_every_op_that_is_called_is_timed(model: Path) -> None:
     for engine in engine_of(model, "cuda"):
@@ -169,3 +208,5 @@ def test_on_a_gpu_every_op_that_is_called_is_timed(model: Path) -> None:
         assert len(called) >= 6
         assert all(0 < (found.of_roofline(row) or 0) < 1.2 for row in called)
         engine.run()
+        past = {row.name: row for row in engine.kernels.survey(step=1).rows}
+        assert past["paged_attention_prefill"].timing and not past["paged_attention_decode"].cost

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nbengine.core.perfetto import to_perfetto
 from nbengine.core.records import StepRecord
+from nbengine.core.request import Sequence
 from nbengine.core.state import Keyframe, State
 from nbengine.errors import UnknownStep
 
@@ -96,6 +97,16 @@ class History:
             for record in records[keyframe.step + 1 - first : step + 1 - first]:
                 state.apply(record)
         return state
+
+    def batch_at(self, step: int) -> list[tuple[Sequence, int]]:
+        """What step `step` computed: each sequence as it was then, with the blocks that it had, and
+        how many of its tokens; empty for a step that was taken back.
+
+        Raises:
+            UnknownStep: the step has not been taken, or what it takes to rebuild it was dropped.
+        """
+        record = self[step]
+        return self.state_at(record.step - 1).batch_of(record)
 
     def batches_of(self, seq_id: str) -> list[tuple[int, dict[str, int]]]:
         """The company that a sequence was computed in: (step, tokens of each sequence in it), for

@@ -19,7 +19,7 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any
@@ -221,17 +221,20 @@ class Life:
         owed_a_word: set[str] = set()
         try:
             plan = scheduler.schedule()
+            planned = _laid_out(plan.scheduled)
             owed_a_word = self._check_plan(plan, ran_before)
             output = self._execute(plan)
             scheduler.commit(output)
         except InjectedFault as fault:
             record = scheduler.take_back(fault)
+            planned = []
         else:
             record = scheduler.seal(Phases())
         self.num_steps += 1
         silent = owed_a_word - {wait.seq_id for wait in record.waits}
         assert not silent, f"no word on why {silent} got less than wanted"
         self._check_state(record)
+        assert _laid_out(self.history.batch_at(record.step)) == planned, "the batch as told"
         if self.watch:
             self.watch(self, record)
         return record
@@ -478,6 +481,14 @@ class Life:
             assert seq.is_finished
             assert output == (whole[: len(output)] if seq in cut_short else whole), (seq, output)
         assert cut_short or len(live.sequences) == request.num_sequences
+
+
+def _laid_out(batch: Iterable[tuple[Sequence, int]]) -> list[tuple[object, ...]]:
+    """What an executor reads of it."""
+    return [
+        (seq.seq_id, tuple(seq.tokens), seq.num_computed_tokens, tuple(seq.block_table), n)
+        for seq, n in batch
+    ]
 
 
 def _facts(seq: Sequence) -> tuple[object, ...]:

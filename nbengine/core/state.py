@@ -10,7 +10,7 @@ another state.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from nbengine.core.prefix_cache import BlockContent
@@ -86,9 +86,7 @@ class State:
         assert record.step == self.step + 1, f"step {record.step} after {self.step}"
         self.step, self.policy = record.step, record.policy
         finished, released = list(record.finished), list(record.released)
-        for request in record.added:
-            self._drop_namesakes(request.request_id, finished, released)
-            self._enter(LiveRequest.of(request))
+        self._apply_arrivals(record, finished, released)
         for seq_id, rank in record.ranked.items():
             if (seq := self.sequences.get(seq_id)) is not None:
                 seq.order = (rank, seq.request.arrival, seq.index)
@@ -98,9 +96,35 @@ class State:
         self._apply_endings(record, finished)
         self._apply_pool(record)
 
+    def batch_of(self, record: StepRecord) -> list[tuple[Sequence, int]]:
+        """What `record`'s step, which must be the next one, computed: each sequence as it was then,
+        with the blocks that it had, and how many of its tokens. It leaves the state amid that step."""
+        assert record.step == self.step + 1, f"step {record.step} after {self.step}"
+        finished, released = list(record.finished), list(record.released)
+        self._apply_arrivals(record, finished, released)
+        self._apply_scheduling(record)
+        batch = {seq_id: self.sequences[seq_id] for seq_id in record.scheduled}
+        self._grow_tables(record, batch)
+        for seq_id, n in record.scheduled.items():
+            seq = batch[seq_id]
+            seq.num_computed_tokens -= n
+            given_back = [len(blocks) for name, blocks in released if name == seq_id]
+            if sum(given_back) == len(seq.block_table):
+                given_back.pop()  # when it had been computed: it ended
+            del seq.block_table[: sum(given_back)]
+        return [(batch[seq_id], n) for seq_id, n in record.scheduled.items()]
+
     def _enter(self, live: LiveRequest) -> None:
         self.live[live.request.request_id] = live
         self.sequences |= {seq.seq_id: seq for seq in live.sequences}
+
+    def _apply_arrivals(
+        self, record: StepRecord, finished: list[Finish], released: list[BlockMove]
+    ) -> None:
+        """What became of earlier owners of their names is taken out of the other two."""
+        for request in record.added:
+            self._drop_namesakes(request.request_id, finished, released)
+            self._enter(LiveRequest.of(request))
 
     def _drop_namesakes(
         self, request_id: str, finished: list[Finish], released: list[BlockMove]
@@ -168,14 +192,10 @@ class State:
             self.live[request_id].hypotheses.append(hypothesis)
 
     def _apply_tables(self, record: StepRecord, released: list[BlockMove]) -> None:
-        sequences = self.sequences
-        for seq_id, source, destination in record.copied:
-            blocks = sequences[seq_id].block_table
-            blocks[blocks.index(source)] = destination
         # A sequence takes blocks at the end of its table and gives back all of it at once. So,
         # whatever the order, what was released is the front of what it had and took.
-        for move in (*record.shared, *record.allocated):
-            sequences[move.seq_id].block_table += move.blocks
+        sequences = self.sequences
+        self._grow_tables(record, sequences)
         for move in released:
             if move.seq_id == PREFIX_CACHE:
                 continue
@@ -183,6 +203,16 @@ class State:
             num_blocks = len(move.blocks)
             assert tuple(seq.block_table[:num_blocks]) == move.blocks, (record.step, move, seq)
             del seq.block_table[:num_blocks]
+
+    def _grow_tables(self, record: StepRecord, sequences: Mapping[str, Sequence]) -> None:
+        """Theirs alone."""
+        for seq_id, source, destination in record.copied:
+            if seq_id in sequences:
+                table = sequences[seq_id].block_table
+                table[table.index(source)] = destination
+        for seq_id, blocks in (*record.shared, *record.allocated):
+            if seq_id in sequences:
+                sequences[seq_id].block_table += blocks
 
     def _apply_endings(self, record: StepRecord, finished: list[Finish]) -> None:
         sequences = self.sequences

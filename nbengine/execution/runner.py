@@ -10,7 +10,6 @@ the step back.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import itertools
@@ -158,9 +157,7 @@ class ModelRunner:
 
     def prepare(self, plan: StepPlan) -> Prepared:
         """The plan as the model's input: decodes first, prefill chunks after them."""
-        plan = dataclasses.replace(
-            plan, scheduled=sorted(plan.scheduled, key=lambda item: item[1] > 1)
-        )
+        plan = _decodes_first(plan)
         wanted = _Wanted.of(plan)
         batch, padded_to = None, None
         if plan.scheduled:
@@ -181,61 +178,42 @@ class ModelRunner:
     def live_calls(
         self, ops: Iterable[str], sequences: Collection[Sequence]
     ) -> dict[str, list[Arguments]]:
-        """Arguments of calls of each op on what the engine holds now, two of each at most: the last
-        computed token of each sequence (the last 64 of some, for prefill attention) is computed
-        again over its own KV blocks; where nothing runs, one token in the first block. The cache is
-        left as it was. Empty where such a step does not call the op."""
+        """Arguments of calls of each op on what the engine holds now, as `calls_of` returns them: of
+        a step that computes the last computed token of each sequence again (the last 64 of some, for
+        prefill attention); where nothing runs, one token in the first block."""
         of_prompts = {"paged_attention_prefill"} & set(ops)
         of_tokens = set(ops) - of_prompts
-        calls = self._calls_of_a_step(of_tokens, sequences, 1) if of_tokens else {}
+        calls = self.calls_of(of_tokens, _again(sequences, 1)) if of_tokens else {}
         if of_prompts:
-            calls |= self._calls_of_a_step(of_prompts, itertools.islice(sequences, 4), 64)
+            calls |= self.calls_of(of_prompts, _again(itertools.islice(sequences, 4), 64))
         return calls
 
-    def _calls_of_a_step(
-        self, ops: set[str], sequences: Iterable[Sequence], length: int
+    def calls_of(
+        self, ops: Iterable[str], scheduled: list[tuple[Sequence, int]]
     ) -> dict[str, list[Arguments]]:
-        """`length`: how many tokens of each sequence are computed again."""
+        """Arguments of calls of each op in a step that computes these tokens of these sequences: two
+        of each at most, as copies; none of an op that such a step does not call. The step is run, and
+        the cache left as it was."""
         assert self.kernels is not None
-        plan = StepPlan()
-        for seq in sequences:
-            n = min(length, seq.num_computed_tokens)
-            if n:
-                again = copy.copy(seq)
-                again.num_computed_tokens -= n
-                plan.scheduled.append((again, n))
-        if not plan.scheduled:
-            params = SamplingParams(temperature=0, max_tokens=1)
-            probe = Sequence("probe", Request("probe", (0,), params), 0, [0])
-            probe.block_table = [0]
-            plan.scheduled.append((probe, 1))
-        lasts = list(itertools.accumulate(n for _, n in plan.scheduled))
-        batch = Batch.from_plan(
-            plan,
-            self.kv_cache.block_size,
-            logits_rows=[end - 1 for end in lasts],
-            device=self.decoder.device,
-        )
-        written = self.kv_cache.slots(batch.slot_mapping)
-        kept = self.kv_cache.data[written]
         recordings = {op: self.kernels.record(op, num_calls=2) for op in ops}
         try:
-            with torch.inference_mode():
-                hidden = self.decoder.forward(batch, self.kv_cache)
-                logits = self.decoder.compute_logits(hidden[batch.logits_rows])
-                sampled = [
-                    (i, _sample_row(seq))
-                    for i, (seq, _) in enumerate(plan.scheduled)
-                    if isinstance(seq.request.params, SamplingParams)
-                ]
-                if sampled:
-                    rows = torch.tensor([i for i, _ in sampled], device=logits.device)
-                    self.sampler.sample(logits[rows], [row for _, row in sampled])
+            if scheduled:
+                self._run_and_undo(_decodes_first(StepPlan(scheduled=scheduled)))
         finally:
             for recording in recordings.values():
                 recording.stop()
-            self.kv_cache.data[written] = kept
         return {op: recording.calls for op, recording in recordings.items()}
+
+    def _run_and_undo(self, plan: StepPlan) -> None:
+        wanted, size = _Wanted.of(plan), self.kv_cache.block_size
+        batch = Batch.from_plan(plan, size, logits_rows=wanted.rows, device=self.decoder.device)
+        written = self.kv_cache.slots(batch.slot_mapping)
+        kept = self.kv_cache.data[written]
+        try:
+            with torch.inference_mode():
+                self._compute(Prepared(plan, batch, wanted, is_graph=False), batch, StepOutput())
+        finally:
+            self.kv_cache.data[written] = kept
 
     def probe(self, token_ids: Seq[int], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, hidden states and attention weights of the last of these tokens, computed alone and
@@ -424,6 +402,28 @@ class _Wanted:
         wanted.num_last = len(wanted.rows)
         wanted.rows += prompt_rows
         return wanted
+
+
+def _decodes_first(plan: StepPlan) -> StepPlan:
+    return dataclasses.replace(plan, scheduled=sorted(plan.scheduled, key=lambda item: item[1] > 1))
+
+
+def _again(sequences: Iterable[Sequence], length: int) -> list[tuple[Sequence, int]]:
+    """The last computed tokens, at most `length` of each, to compute once more, as if none had come
+    after them; of nothing, one token in the first block."""
+    scheduled = []
+    for seq in sequences:
+        n = min(length, seq.num_computed_tokens)
+        if n:
+            again = seq.clone(seq.tokens[: seq.num_computed_tokens])
+            again.num_computed_tokens -= n
+            scheduled.append((again, n))
+    if not scheduled:
+        params = SamplingParams(temperature=0, max_tokens=1)
+        probe = Sequence("probe", Request("probe", (0,), params), 0, [0])
+        probe.block_table = [0]
+        scheduled.append((probe, 1))
+    return scheduled
 
 
 def _prompt_tokens_to_score(seq: Sequence, n: int) -> list[int]:

@@ -200,8 +200,11 @@ function render({ model, el }) {
       type: "button",
       class: "nbe-small",
       "aria-expanded": "false",
-      title: "What each kernel costs at the engine's batch, against the roofline; on a GPU it is timed, which takes some seconds",
-      onclick: () => send("kernels", { shown: !store.kernels }),
+      title: "What each kernel costs in this step, against the roofline; on a GPU it is timed, which takes some seconds",
+      onclick: () => {
+        const { cursor, kernels } = store;
+        send("kernels", { shown: !kernels || (cursor !== null && cursor !== kernels.step), step: cursor });
+      },
     },
     "kernels",
   );
@@ -319,9 +322,9 @@ function render({ model, el }) {
     }
     ops.hidden = !store.kernels;
     kernels.setAttribute("aria-expanded", String(!ops.hidden));
-    if (store.kernels && ops.dataset.html !== store.kernels) {
-      ops.dataset.html = store.kernels;
-      ops.innerHTML = store.kernels; // of the kernel's own making: it escapes what others wrote
+    if (store.kernels && ops.dataset.html !== store.kernels.html) {
+      ops.dataset.html = store.kernels.html;
+      ops.innerHTML = store.kernels.html; // of the kernel's own making: it escapes what others wrote
     }
     root.dataset.step = live.step;
     root.dataset.shown = now.step;

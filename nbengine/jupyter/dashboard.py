@@ -74,8 +74,8 @@ class Dashboard:
         self._feed = Feed()
         self._notice: Notice | None = None
         self._explanation: str | None = None
-        self._kernels: str | None = None
-        """What each op costs, once it was asked for."""
+        self._kernels: dict[str, Any] | None = None
+        """What each op cost in a step, once it was asked for."""
         self._cursor: int | None = None
         self._selected: str | None = None
         self._block: int | None = None
@@ -312,9 +312,7 @@ class Dashboard:
         return explain
 
     def _rewind(self, engine: Engine, message: dict[str, Any]) -> Callable[[], Any]:
-        step = message.get("step")
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise InvalidField("step", step, "must be an integer")
+        step = _step_number(message.get("step"))
 
         def rewind() -> None:
             engine.rewind(step)
@@ -336,12 +334,13 @@ class Dashboard:
         if message.get("shown") is False:
             return lambda: setattr(self, "_kernels", None)
         kernels = engine.kernels  # or a notice that there are none
+        wanted = message.get("step")
+        if wanted is not None:
+            wanted = _step_number(wanted)
 
         def survey() -> None:
-            step = engine.scheduler.step_count
-            self._kernels = (
-                f"<div>at the batch after step {step}</div>{kernels.survey()._repr_html_()}"
-            )
+            step = engine.scheduler.step_count if wanted is None else wanted
+            self._kernels = {"step": step, "html": kernels.survey(step=step)._repr_html_()}
 
         return survey
 
@@ -437,6 +436,12 @@ _LOOKS: dict[str, Callable[[Dashboard, dict[str, Any]], None]] = {
     "steps": Dashboard._ask_steps,
 }
 """What asks nothing of the engine."""
+
+
+def _step_number(step: object) -> int:
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise InvalidField("step", step, "must be an integer")
+    return step
 
 
 def _make_widget() -> Any:

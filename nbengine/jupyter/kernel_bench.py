@@ -109,12 +109,13 @@ class KernelMagics(EngineMagics):
         argument(
             "--gpu", type=quotable, help="without a GPU: whose published figures (default: H100)"
         ),
+        argument("--step", type=int, help="in that step (default: at the engine's batch)"),
     )
     def nb_kernels(self, args: argparse.Namespace, _: str | None) -> Survey | RooflinePlot:
-        """The ops, what runs each now, and what it costs at the engine's batch: bytes and operations,
-        and on a GPU its time and the fraction of the roofline that it reaches."""
+        """The ops, what runs each now, and what it costs at the engine's batch or in a step: bytes and
+        operations, and on a GPU its time and the fraction of the roofline that it reaches."""
         engine = self._open_engine
-        found = survey(None if engine is None else engine.kernels, args.gpu)
+        found = survey(None if engine is None else engine.kernels, args.gpu, args.step)
         return RooflinePlot(found) if args.roofline else found
 
     @magic(line_magic, _OP)

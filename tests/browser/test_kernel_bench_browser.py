@@ -80,13 +80,24 @@ def test_a_right_one_is_swapped_into_the_running_engine(notebook: NotebookPage) 
 
 def test_the_step_inspector_tells_what_each_kernel_costs(notebook: NotebookPage) -> None:
     root = notebook.page.locator(".nbe")
-    root.get_by_role("button", name="kernels", exact=True).click()
+    button = root.get_by_role("button", name="kernels", exact=True)
+    button.click()
     table = root.get_by_role("region", name="Kernels")
-    table.get_by_text("at the batch after step 13").wait_for()
-    text = table.inner_text()
-    assert "paged_attention_decode" in text and "not measured" in text
-    root.get_by_role("button", name="kernels", exact=True).click()
+    table.get_by_text("in step 13, not measured").wait_for()
+    calls = {row.split("\t")[0]: row for row in table.inner_text().splitlines()}
+    assert "memory" in calls["paged_attention_decode"]
+    assert "not called" in calls["paged_attention_prefill"]
+    timeline = root.get_by_role("slider")
+    timeline.focus()
+    timeline.press("Home")
+    notebook.page.wait_for_selector(".nbe[data-shown='1']")
+    button.click()
+    table.get_by_text("in step 1, not measured").wait_for()
+    calls = {row.split("\t")[0]: row for row in table.inner_text().splitlines()}
+    assert "not called" not in calls["paged_attention_prefill"]
+    button.click()
     table.wait_for(state="hidden")
+    timeline.press("Escape")
 
 
 def test_the_list_of_kernels_tells_it_apart(notebook: NotebookPage) -> None:

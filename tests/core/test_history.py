@@ -96,3 +96,20 @@ def test_going_back_to_one_step_again_and_again_takes_no_more_memory(recorded):
         b.step()
     assert len(sizes) == 1
     assert b.history.state_at(2).sequences["req-0"].num_computed_tokens == 0
+
+
+def test_the_batch_of_a_step_is_as_it_was_computed(recorded):
+    b = recorded(num_blocks=8, block_size=4)
+    b.add(6, max_tokens=3)
+    b.step()
+    b.add(5, max_tokens=2)
+    b.run()
+    (first, one), (second, chunk) = b.history.batch_at(2)
+    assert (first.seq_id, first.num_computed_tokens, one) == ("req-0", 6, 1)
+    assert (second.seq_id, second.num_computed_tokens, chunk) == ("req-1", 0, 5)
+    assert (len(first.tokens), len(second.tokens)) == (7, 5)
+    assert len(first.block_table) == len(second.block_table) == 2
+    ((first, one), (second, _)) = b.history.batch_at(3)
+    assert [len(seq.block_table) for seq in (first, second)] == [2, 2], "both ended in this step"
+    with pytest.raises(UnknownStep):
+        b.history.batch_at(4)

@@ -596,7 +596,7 @@ def test_others_get_their_turn_within_ten_steps(make_engine: MakeEngine, show: A
         ({"type": "budget", "tokens": None}, "must be a positive integer"),
         ({"type": "run", "until": "never"}, "the names are preemption"),
         ({"type": "block", "block": 64}, "blocks 0 to 63"),
-        ({"type": "kernels"}, "this engine has no ops to look at"),
+        ({"type": "kernels", "step": 1}, "this engine has no ops to look at"),
     ],
 )
 def test_a_bad_message_is_answered_with_its_error(
