@@ -17,6 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     is_alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"
     if item.get_closest_marker("gpu_alone") is not None and not is_alone:
         pytest.skip("needs a GPU that no other worker uses: -n0 -m gpu_alone")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file in browser/ stay together, in their order: they share a page, and go on where
+    the last one left it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPage(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if "browser/" in file else nodeid
+
+    return ByPage(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(scope="session")
