@@ -106,6 +106,26 @@ class RandomWeights:
         return None
 
 
+def random_engine(raw: dict[str, Any], **settings: Any) -> Engine:
+    """On a GPU, in bfloat16, of a model in Hugging Face's terms."""
+    checkpoint = RandomWeights(ModelConfig.from_hf(raw, None), "cuda")
+    opened = runner.open_checkpoint
+    runner.open_checkpoint = lambda path: checkpoint  # type: ignore[assignment,return-value]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(raw))
+            return Engine(
+                model=folder,
+                device="cuda",
+                dtype="bfloat16",
+                kernels="cuda",
+                skip_tokenizer_init=True,
+                **settings,
+            )
+    finally:
+        runner.open_checkpoint = opened
+
+
 def engines_on_cpu(quantization: str | None) -> dict[str, Engine]:
     settings: dict[str, Any] = {"max_model_len": 2048, "num_gpu_blocks_override": 256}
     return {
@@ -123,29 +143,17 @@ def engines_on_cpu(quantization: str | None) -> dict[str, Engine]:
 def engines_on_gpu(quantization: str | None) -> tuple[dict[str, Engine], str]:
     large = torch.cuda.mem_get_info()[0] > LARGE_MODEL_BYTES
     raw = QWEN2_5 if large else QWEN2_5 | SMALLER
-    checkpoint = RandomWeights(ModelConfig.from_hf(raw, None), "cuda")
-    opened = runner.open_checkpoint
-    runner.open_checkpoint = lambda path: checkpoint  # type: ignore[assignment,return-value]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(json.dumps(raw))
-            engines = {
-                name: Engine(
-                    model=folder,
-                    device="cuda",
-                    dtype="bfloat16",
-                    kernels="cuda",
-                    quantization=quantization,
-                    batch_invariant=mode,
-                    skip_tokenizer_init=True,
-                    max_model_len=16_384,
-                    num_gpu_blocks_override=12_000,
-                    gpu_memory_utilization=0.45,
-                )
-                for name, mode in MODES.items()
-            }
-    finally:
-        runner.open_checkpoint = opened
+    engines = {
+        name: random_engine(
+            raw,
+            quantization=quantization,
+            batch_invariant=mode,
+            max_model_len=16_384,
+            num_gpu_blocks_override=12_000,
+            gpu_memory_utilization=0.45,
+        )
+        for name, mode in MODES.items()
+    }
     return engines, f"random weights, {raw['hidden_size']} x {raw['num_hidden_layers']} layers"
 
 

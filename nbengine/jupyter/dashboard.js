@@ -343,12 +343,12 @@ function render({ model, el }) {
     if (!pending) pending = requestAnimationFrame(draw);
   }
 
-  function receive(message, buffers) {
+  function receive(message, [text, ...buffers]) {
     if (message.type !== "frame") return;
     clearTimeout(silence);
     silence = 0;
     isSilent = false;
-    const content = JSON.parse(message.json);
+    const content = JSON.parse(new TextDecoder().decode(text));
     const mine = store.cursor;
     if (!store.apply(content, buffers)) {
       send("ready"); // a message was lost

@@ -135,9 +135,8 @@ class Dashboard:
                 )
                 buffers += more
         self._past_told = wanted
-        # As text: one string passes the kernel's message cleaning untouched, where nested lists are
-        # walked item by item.
-        self._widget.send({"type": "frame", "seq": seq, "json": json.dumps(content)}, buffers)
+        # As a buffer, the first: the kernel walks nested lists item by item, and quotes a string anew.
+        self._widget.send({"type": "frame", "seq": seq}, [json.dumps(content).encode(), *buffers])
         return moment.cost
 
     def _described(

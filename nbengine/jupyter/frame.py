@@ -2,7 +2,7 @@
 
 `gather` copies what is needed on the engine's thread, between two steps, in little time. A `Feed`,
 which the publisher's thread owns, knows what the page was told, and turns a `Moment` into the next
-message: rows of the queues that changed, steps that are new, blocks that are no longer what they
+message: what changed in the rows of the queues, steps that are new, blocks that are no longer what they
 were. `past` makes a message of an earlier step, from the history alone. No widget is touched here.
 """
 
@@ -206,6 +206,13 @@ def _row(
     }
 
 
+def _news(row: dict[str, Any], told: dict[str, Any] | None) -> dict[str, Any]:
+    """What a page does not know of a row yet, and the row's id."""
+    if told is None:
+        return row
+    return {key: value for key, value in row.items() if key == "id" or told[key] != value}
+
+
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 4)
 
@@ -366,6 +373,7 @@ class Feed:
         self.finished = moment.finished
         rows, entries = encode_steps(moment.records, self.slots)
         told, self._rows = self._rows, {row["id"]: row for row in moment.rows}
+        news = [_news(row, told.get(row["id"])) for row in moment.rows]
         is_fresh, self._is_fresh = self._is_fresh, False
         content = {
             "is_fresh": is_fresh,
@@ -380,7 +388,7 @@ class Feed:
             "is_running": moment.is_running,
             "stopped": moment.stopped,
             "order": [row["id"] for row in moment.rows],
-            "rows": [row for row in moment.rows if told.get(row["id"]) != row],
+            "rows": [row for row in news if len(row) > 1],
             "num_running": moment.num_running,
             "num_waiting": moment.num_waiting,
             "finished": moment.finished,

@@ -91,7 +91,7 @@ function createStore() {
     if (live.is_cut || live.is_fresh) steps.clear();
     steps.add(typed(Float64Array, numbers), typed(Uint32Array, entries));
     steps.bound(live.first_step, live.step);
-    for (const row of live.rows) rows.set(row.id, row);
+    for (const row of live.rows) rows.set(row.id, { ...rows.get(row.id), ...row });
     const present = new Set(live.order);
     for (const id of rows.keys()) if (!present.has(id)) rows.delete(id);
     store.live = {

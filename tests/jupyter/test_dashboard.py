@@ -52,8 +52,9 @@ class Page:
 
     def _on_message(self, message: dict[str, Any], buffers: list[bytes]) -> None:
         self.threads.add(threading.current_thread().name)
-        self.num_bytes += len(message["json"]) + sum(map(len, buffers))
-        content = json.loads(message["json"])
+        self.num_bytes += sum(map(len, buffers))
+        text, *buffers = buffers
+        content = json.loads(text)
         live = content["live"]
         seq = message["seq"]
         if live["is_whole"]:
@@ -80,7 +81,8 @@ class Page:
             parts.append(self.past)
         for part in parts:
             self.names |= {slot: name for slot, name, _ in part["names"]}
-        self.rows |= {row["id"]: row for row in live["rows"]}
+        for row in live["rows"]:
+            self.rows[row["id"]] = self.rows.get(row["id"], {}) | row
         self.seqs.append(seq)
         self.state = (
             content
