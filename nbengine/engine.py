@@ -14,6 +14,7 @@ import itertools
 import logging
 import queue
 import random
+import threading
 import time
 import traceback
 import weakref
@@ -107,6 +108,9 @@ class Engine:
         self._is_started = False
         self._is_closed = False
         self._is_stepping = False
+        self.is_computing = threading.Event()
+        """Set while the model computes a step: the time for other threads to do their own work, for
+        before and after it they would take Python from the step."""
         self.requests = Requests()
         """What callers know of, with texts and times; to be read on the engine's thread."""
         self._num_arrivals = 0
@@ -223,7 +227,9 @@ class Engine:
             scheduled = clock()
             batch = self._runner.prepare(plan)
             prepared = clock()
+            self.is_computing.set()
             output = self._runner.compute(batch)
+            self.is_computing.clear()
             executed = clock()
             advanced = scheduler.commit(output)
             if rewound is not None and plan.keeps_logits:
@@ -243,6 +249,7 @@ class Engine:
             )
         finally:
             self._is_stepping = False
+            self.is_computing.clear()
 
     def _publish(self, record: StepRecord) -> None:
         """Tell everybody who is interested in a step that is over, until one of them rewinds."""

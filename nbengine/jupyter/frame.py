@@ -32,6 +32,10 @@ MAX_STEPS = 400
 """Steps in one message: a page asks for others when it comes to show them."""
 MAX_FINISHED = 6
 TEXT_TAIL = 170
+LONGEST_HOLD_OFF = 0.02
+"""Seconds that a running engine may take from one step to the computing of the next."""
+SECONDS_OF_A_LAUNCH = 0.001
+"""A device has nothing to do until a step's kernels are launched, and that is Python's work too."""
 SPEED_WINDOW = 2.0
 """Seconds over which tokens per second are counted."""
 
@@ -100,7 +104,8 @@ class Moment:
 def gather(
     engine: Engine, feed: Feed, selected: str | None = None, block: int | None = None
 ) -> Moment:
-    """The engine's state now, with the table of sequence `selected` and all about `block`.
+    """The engine's state now, with the table of sequence `selected` and all about `block`. While the
+    engine runs, this returns when its next step is being computed.
 
     Raises:
         EngineClosed
@@ -108,7 +113,10 @@ def gather(
     future = engine.submit(lambda: _gather(engine, feed, selected, block))
     while True:
         try:
-            return future.result(timeout=0.5)
+            moment = future.result(timeout=0.5)
+            if moment.is_running and engine.is_computing.wait(LONGEST_HOLD_OFF):
+                time.sleep(SECONDS_OF_A_LAUNCH)
+            return moment
         except TimeoutError:  # a long step, or an engine that was closed before it came to this
             if engine.is_closed and future.cancel():
                 raise EngineClosed("the engine was closed") from None

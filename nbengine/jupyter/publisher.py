@@ -6,7 +6,7 @@ messages silently beyond 1,000 a second, and a server keeps those for an absent 
 one frame in flight neither happens. Without an acknowledgement (no page, a hidden one, a lost message) it sends a whole frame
 after a second, then ever more rarely, until a page answers or says that it is new.
 
-While the engine runs, it takes at most a fortieth of its time: a frame that costs more comes more
+While the engine runs, it takes at most a thirtieth of its time: a frame that costs more comes more
 rarely. It holds the engine weakly, and ends when the engine is closed or collected.
 """
 
@@ -29,7 +29,7 @@ SHORTEST_PAUSE_RUNNING = 1 / 12
 LONGEST_PAUSE = 1 / 2
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0
-MOST_OF_THE_TIME = 0.025
+MOST_OF_THE_TIME = 1 / 30
 """What a frame costs, of the time between two of them, while the engine runs."""
 
 
