@@ -133,6 +133,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_untold_releases(self) -> int:
+        """How often blocks were given back since the last record, as by an abort."""
+        return len(self._journal.released)
+
     # ------------------------------------------------------------------ between steps
 
     def add(self, request: Request) -> LiveRequest:

@@ -66,6 +66,8 @@ class Moment:
     step: int
     num_cuts: int
     """How often the history's end was cut off: what was told of later steps is void then."""
+    num_untold: int
+    """Releases of blocks that no record tells yet."""
     first_step: int
     """The first one that the history holds, or the next one."""
     policy: str
@@ -128,8 +130,14 @@ def _gather(engine: Engine, feed: Feed, selected: str | None, block: int | None)
     step, num_new = scheduler.step_count, scheduler.step_count - feed.step
     cells = None
     is_cut = history.num_cuts != feed.num_cuts
-    if is_cut or feed.cells is None or not 0 <= num_new <= min(MAX_STEPS, len(history)):
+    is_lost = feed.cells is None or not 0 <= num_new <= min(MAX_STEPS, len(history))
+    if is_cut or is_lost:
         num_new = min(MAX_STEPS, len(history))
+    # What no record tells yet is in the cells once they are made anew; then the record that does tell
+    # it must not be applied to them.
+    num_untold = scheduler.num_untold_releases
+    is_untold = num_untold != feed.num_untold or (num_new > 0 and feed.num_untold > 0)
+    if is_cut or is_lost or is_untold:
         cells = BlockCells(
             pool.num_blocks,
             scheduler.running,
@@ -151,6 +159,7 @@ def _gather(engine: Engine, feed: Feed, selected: str | None, block: int | None)
     return Moment(
         step=step,
         num_cuts=history.num_cuts,
+        num_untold=num_untold,
         first_step=history[-len(history)].step if len(history) else step + 1,
         policy=type(scheduler.policy).__name__,
         budget=scheduler.config.max_num_batched_tokens,
@@ -341,6 +350,7 @@ class Feed:
         self.cells: BlockCells | None = None
         self.step = 0
         self.num_cuts = 0
+        self.num_untold = 0
         self.alive: tuple[str, ...] = ()
         """Unfinished requests among the rows that were told last."""
         self.finished: tuple[dict[str, Any], ...] = ()
@@ -377,6 +387,7 @@ class Feed:
             self._rates = _Rates()
         self._rates.add(r for r in moment.records if r.step > self.step or is_cut)
         self.step, self.num_cuts = moment.step, moment.num_cuts
+        self.num_untold = moment.num_untold
         self.alive = tuple(dict.fromkeys(row["request"] for row in moment.rows))
         self.finished = moment.finished
         rows, entries = encode_steps(moment.records, self.slots)

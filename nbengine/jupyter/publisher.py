@@ -1,6 +1,6 @@
 """The one thread that writes to a dashboard's widget.
 
-It sends what has changed since the last frame, never a backlog: at most 30 frames a second (about 12
+It sends what has changed since the last frame, never a backlog: at most 30 frames a second (about 11
 while the engine runs), and the next one only when a page has acknowledged the last. Jupyter drops
 messages silently beyond 1,000 a second, and a server keeps those for an absent page in memory; with
 one frame in flight neither happens. Without an acknowledgement (no page, a hidden one, a lost message) it sends a whole frame
@@ -25,7 +25,7 @@ from nbengine.errors import EngineClosed, UnknownStep
 IDLE_POLL_SECONDS = 0.25
 """How often an engine without work is looked at (a glance at a few numbers, no message)."""
 SHORTEST_PAUSE = 1 / 30
-SHORTEST_PAUSE_RUNNING = 1 / 12
+SHORTEST_PAUSE_RUNNING = 0.09
 LONGEST_PAUSE = 1 / 2
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0

@@ -21,11 +21,17 @@ function createQueues({ palette, onWhy, onAbort, onSelect, onHover }) {
   const seconds = (s) => (s === null ? "" : s < 1 ? `${Math.round(1000 * s)} ms` : `${s.toFixed(1)} s`);
   const speed = (v) => (v === null ? "" : v < 10 ? v.toFixed(1) : String(Math.round(v)));
 
+  let hovered = null;
+  function hover(id) {
+    hovered = id;
+    onHover(id);
+  }
+
   function makeRow(item) {
     const id = item.id;
     return h(
       "tr",
-      { onpointerenter: () => onHover(id), onpointerleave: () => onHover(null) },
+      { onpointerenter: () => hover(id), onpointerleave: () => hover(null) },
       h(
         "th",
         { scope: "row" },
@@ -110,6 +116,8 @@ function createQueues({ palette, onWhy, onAbort, onSelect, onHover }) {
     update(data) {
       const { sequences, finished, isPast } = data;
       reconcile(live, sequences, (item) => item.id, makeRow, (row, item) => updateRow(row, item, data));
+      // A row that goes away under the pointer is left by nobody.
+      if (hovered !== null && !sequences.some((item) => item.id === hovered)) hover(null);
       reconcile(ended, isPast ? [] : finished, (item) => item.id, makeEnded, () => {});
       nobody.hidden = sequences.length + (isPast ? 0 : finished.length) > 0;
       setText(nobody, isPast ? "No requests then." : "No requests. Type a prompt above, or call engine.add_request(…).");

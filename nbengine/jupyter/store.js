@@ -107,7 +107,7 @@ function createStore() {
   // False: the message builds on one that was lost.
   store.apply = (content, buffers) => {
     const { live } = content;
-    if (!live.is_whole && content.seq !== store.seq + 1) return false;
+    if (!live.is_fresh && content.seq !== store.seq + 1) return false;
     store.seq = content.seq;
     applyLive(live, buffers);
     let at = 5;

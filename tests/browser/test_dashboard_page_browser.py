@@ -228,3 +228,25 @@ def test_nothing_sticks_out_of_a_narrow_page(views: Views, width: int) -> None:
         }"""
     )
     assert wide == [], json.dumps(wide)
+
+
+def test_a_row_that_ends_under_the_pointer_lights_no_blocks_any_more(views: Views) -> None:
+    for name in ("first", "second"):
+        views.engine.add_request("a b c " * 20, SamplingParams(max_tokens=50), request_id=name)
+    views.engine.step()
+    views.wait("+d.step === 1")
+    row = views.page.locator(".nbe-requests tbody tr")
+
+    def picture() -> str:
+        views.page.wait_for_timeout(50)  # it is drawn with the next paint
+        return views.page.locator(".nbe-map canvas").evaluate("(canvas) => canvas.toDataURL()")
+
+    dark = picture()
+    row.nth(1).hover()
+    assert picture() != dark, "the others' blocks are dimmed"
+    views.engine.abort("second")
+    views.wait_until(lambda: views.part("button", "Why second").count() == 0)
+    after = picture()
+    row.nth(0).hover()
+    views.page.locator(".nbe-prompt").hover()
+    assert picture() == after
