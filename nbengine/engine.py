@@ -685,6 +685,12 @@ class Engine:
         return self._runner.kv_cache
 
     @property
+    def ops_version(self) -> int:
+        """Grows when an op is swapped or restored."""
+        table = None if self._runner is None else self._runner.kernels
+        return 0 if table is None else table.version
+
+    @property
     def kernels(self) -> EngineKernels:
         """The ops that run the model, to look at and to swap.
 

@@ -4,6 +4,7 @@
 
 const CONDITIONS = ["preemption", "finish", "prefix_miss", "out_of_blocks", "eviction", "copy_on_write"];
 const POLICIES = { fcfs: "Fcfs", priority: "Priority", sjf: "ShortestJobFirst" };
+const LOOKS = new Set(["ready", "drawn", "cursor", "select", "steps", "block"]); // what no button asks for
 const ASK_BLOCK_MS = 60; // the pointer rests so long before a block is asked about
 const SILENT_MS = 3000; // without an answer, the page says so
 const SILENT = {
@@ -15,11 +16,17 @@ function render({ model, el }) {
   const palette = model.get("palette");
   const send = (type, fields = {}) => {
     model.send({ type, ...fields });
+    if (!LOOKS.has(type)) expect(store.num_answered + 1);
     // Whatever is asked for is answered by a frame; a kernel that was restarted answers nothing.
     if (type !== "drawn") silence ||= setTimeout(() => ((isSilent = true), drawNotice()), SILENT_MS);
   };
   let silence = 0;
   let isSilent = false;
+  let expected = 0; // how many answers there are to be
+  function expect(answers) {
+    expected = answers;
+    bar.setAttribute("aria-busy", String(expected > store.num_answered));
+  }
   el.dataset.lmSuppressShortcuts = "true"; // the notebook's keys are not for our inputs
   const store = createStore();
 
@@ -208,7 +215,7 @@ function render({ model, el }) {
     },
     "kernels",
   );
-  const inspector = h("section", { "aria-label": "Step inspector" }, h("h4", {}, "Step ", kernels), card, ops);
+  const inspector = h("section", { "aria-label": "Step inspector" }, h("h4", {}, "Step ", kernels), card);
 
   const root = h(
     "div",
@@ -217,6 +224,7 @@ function render({ model, el }) {
     h("section", { "aria-label": "Timeline" }, h("h4", {}, "Timeline"), timeline.element),
     h("section", { "aria-label": "Charts" }, charts.element),
     h("div", { class: "nbe-columns" }, blocks, inspector),
+    ops,
     h("h4", {}, "Requests"),
     queues.element, explanation,
   );
@@ -228,7 +236,9 @@ function render({ model, el }) {
   let shownRecord = null;
 
   function drawBar(live, isPast) {
-    setText(mode, live.is_running ? "running" : "paused");
+    const isIdle = live.num_running + live.num_waiting === 0;
+    setText(mode, live.is_running ? (isIdle ? "running, idle" : "running") : "paused");
+    expect(expected);
     mode.classList.toggle("nbe-on", live.is_running);
     run.setAttribute("aria-pressed", live.is_running);
     rewind.disabled = !isPast;

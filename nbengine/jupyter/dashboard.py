@@ -34,6 +34,7 @@ from nbengine.jupyter.publisher import Publisher
 from nbengine.jupyter.views import snapshot_html, snapshot_text, steps_html, steps_text
 from nbengine.llm import chat_prompt
 from nbengine.outputs import RequestMetrics
+from nbengine.rewind import Rewind
 
 INSTALL_HINT = 'For the live dashboard: pip install "nbengine[notebook]"'
 
@@ -75,7 +76,10 @@ class Dashboard:
         self._notice: Notice | None = None
         self._explanation: str | None = None
         self._kernels: dict[str, Any] | None = None
-        """What each op cost in a step, once it was asked for."""
+        """What each op cost in a step, once it was asked for, until another takes an op's place."""
+        self._ops_version = 0
+        self._rewound: Rewind | None = None
+        """The last one that was asked for here, while it has something to tell."""
         self._cursor: int | None = None
         self._selected: str | None = None
         self._block: int | None = None
@@ -109,7 +113,9 @@ class Dashboard:
         live, buffers = feed.message(moment)
         if self._cursor is not None and not moment.first_step - 1 <= self._cursor < moment.step:
             self._cursor = None  # the engine went back, or the history has moved on
-        notice = self._notice or moment.failure
+        if self._ops_version != engine.ops_version:
+            self._kernels = None
+        notice = self._notice or moment.failure or self._of_rewind(moment.step)
         cursor = self._cursor
         content = {
             "type": "frame",
@@ -138,6 +144,22 @@ class Dashboard:
         # As a buffer, the first: the kernel walks nested lists item by item, and quotes a string anew.
         self._widget.send({"type": "frame", "seq": seq}, [json.dumps(content).encode(), *buffers])
         return moment.cost
+
+    def _of_rewind(self, step: int) -> Notice | None:
+        """Why nothing runs right after it, then which tokens came out otherwise."""
+        rewound = self._rewound
+        if rewound is None:
+            return None
+        if step == rewound.step:
+            return Notice(
+                f"Back after step {step}. What ran then waits, and holds no blocks: its keys and values "
+                "are computed again when it runs."
+            )
+        if rewound.divergences:
+            return Notice("\n".join(["Since the rewind:", *map(str, rewound.divergences)]))
+        if not rewound.is_watching:
+            self._rewound = None
+        return None
 
     def _described(
         self, number: int | None, cursor: int | None, moment: Moment
@@ -314,7 +336,7 @@ class Dashboard:
         step = _step_number(message.get("step"))
 
         def rewind() -> None:
-            engine.rewind(step)
+            self._rewound = engine.rewind(step)
             self._cursor = None
 
         return rewind
@@ -339,6 +361,7 @@ class Dashboard:
 
         def survey() -> None:
             step = engine.scheduler.step_count if wanted is None else wanted
+            self._ops_version = engine.ops_version
             self._kernels = {"step": step, "html": kernels.survey(step=step)._repr_html_()}
 
         return survey

@@ -216,7 +216,7 @@ def _row(
         "num_cached": seq.num_cached_tokens,
         "num_preemptions": seq.num_preemptions,
         "num_blocks": len(seq.block_table),
-        "text": text[-TEXT_TAIL:],
+        "text": tail(text, TEXT_TAIL),
         "ttft": _rounded(metrics.ttft) if metrics else None,
         "speed": round(1 / tpot, 1) if tpot else None,
         "why": _why(seq, waits, head),

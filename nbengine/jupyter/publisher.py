@@ -173,5 +173,6 @@ def _glance(engine: Engine) -> object:
         id(engine.error),
         id(engine.stopped_at),
         id(scheduler.policy),
+        engine.ops_version,
         scheduler.config.max_num_batched_tokens,
     )

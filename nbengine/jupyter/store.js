@@ -68,7 +68,7 @@ function createStore() {
   const names = new Map(); // slot -> {id, request, colour}
   const steps = createSteps();
   const rows = new Map(); // sequence id -> row of the queues
-  const store = { names, steps, live: null, past: null, cursor: null, selected: null, seq: 0 };
+  const store = { names, steps, live: null, past: null, cursor: null, selected: null, seq: 0, num_answered: 0 };
   let cells = new Uint32Array(0);
 
   function learn(list) {

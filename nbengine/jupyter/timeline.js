@@ -73,6 +73,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     if (isRare) rareKeys.set(code, key);
     legend.append(key);
   }
+  legend.append(make("span", "nbe-tl-hint", {}, "drag the steps' numbers or Ctrl + wheel to zoom, arrow keys to move"));
   const element = make("div", "nbe-tl", {}, make("div", "nbe-tl-head", {}, summary, live), view, legend);
 
   // ---------------------------------------------------------------- state

@@ -230,6 +230,19 @@ def test_nothing_sticks_out_of_a_narrow_page(views: Views, width: int) -> None:
     assert wide == [], json.dumps(wide)
 
 
+def test_a_click_shows_at_once_that_it_was_heard(views: Views) -> None:
+    views.engine.add_request("a b c", SamplingParams(max_tokens=20))
+    views.wait("+d.step === 0")
+    views.engine.runner.gate.clear()  # a step that takes long
+    bar = views.part("toolbar", "Engine controls")
+    assert bar.get_attribute("aria-busy") == "false"
+    views.part("button", "Step").click()
+    assert bar.get_attribute("aria-busy") == "true"
+    views.engine.runner.gate.set()
+    views.wait("+d.step === 1")
+    views.wait_until(lambda: bar.get_attribute("aria-busy") == "false")
+
+
 def test_a_row_that_ends_under_the_pointer_lights_no_blocks_any_more(views: Views) -> None:
     for name in ("first", "second"):
         views.engine.add_request("a b c " * 20, SamplingParams(max_tokens=50), request_id=name)

@@ -299,6 +299,40 @@ def test_the_cursor_shows_an_earlier_step(make_engine: MakeEngine, show: Any) ->
     page.wait(lambda state: state["step"] == 6)
 
 
+def test_a_rewind_says_why_nothing_runs_and_then_which_tokens_differ(
+    make_engine: MakeEngine, show: Any
+) -> None:
+    engine = make_engine()
+    engine.add_request("a b c", SamplingParams(temperature=0, max_tokens=9))
+    engine.run()
+    page = show(engine)
+    page.send("rewind", step=5)
+    notice = page.wait(lambda state: state["step"] == 5)["notice"]
+    assert notice["text"].startswith("Back after step 5.")
+    page.send("step", n=1)
+    page.wait(lambda state: state["step"] == 6 and state["notice"] is None)
+    execute = engine.runner.execute
+
+    def other(plan: Any) -> Any:
+        output = execute(plan)
+        output.samples = {
+            name: [token + 1 for token in ids] for name, ids in output.samples.items()
+        }
+        return output
+
+    engine.runner.execute = other
+    page.send("step", n=1)
+    notice = page.wait(lambda state: state["step"] == 7 and state["notice"])["notice"]
+    assert "req-0: output token 6, in step 7, is" in notice["text"]
+    engine.runner.execute = execute
+    page.send("step", n=10)
+    page.wait(lambda state: state["finished"] and "req-0" in state["notice"]["text"])
+    page.send("rewind", step=8)
+    page.wait(lambda state: state["step"] == 8)
+    page.send("step", n=10)
+    page.wait(lambda state: state["finished"] and state["notice"] is None)
+
+
 def test_a_cursor_beyond_the_history_is_let_go(make_engine: MakeEngine, show: Any) -> None:
     engine = make_engine()
     engine.add_request("a b c", SamplingParams(max_tokens=5))
