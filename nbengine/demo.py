@@ -268,12 +268,12 @@ def summary(records: Sequence[StepRecord]) -> list[str]:
         if len(chunks) > 1:
             sizes = " + ".join(map(str, chunks))
             lines.append(f"chunked prefill: {name}'s prompt was computed in pieces of {sizes}")
-    for p in (p for r in records for p in r.preempted):
-        favoured = f"for {p.in_favour_of}" if p.in_favour_of != p.seq_id else "when none was left"
-        lines.append(
-            f"preemption: {p.seq_id} gave up its {p.num_blocks} blocks {favoured}; no text lost, "
-            f"at most {p.num_lost_tokens} tokens to compute again"
-        )
+    lines += [
+        f"preemption: {p.seq_id} gave up its {p.num_blocks} blocks {p.occasion}; no text lost, "
+        f"at most {p.num_lost_tokens} tokens to compute again"
+        for record in records
+        for p in record.preempted
+    ]
     evicted = sum(len(r.evicted) for r in records)
     if evicted:
         lines.append(f"eviction: {evicted} cached blocks made room, least recently used first")

@@ -226,11 +226,7 @@ def step_table(
 
 def decisions(record: StepRecord) -> list[str]:
     """What the scheduler decided in a step besides going on as before, most telling first."""
-    words = [
-        f"{p.seq_id} preempted"
-        + (f" for {p.in_favour_of}" if p.in_favour_of != p.seq_id else ": no block left")
-        for p in record.preempted
-    ]
+    words = [f"{p.seq_id} preempted {p.occasion}" for p in record.preempted]
     for admission in record.admitted:
         verb = "resumes" if admission.resumed else "enters"
         hit = admission.prefix.num_hit_tokens

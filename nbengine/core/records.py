@@ -41,7 +41,7 @@ class Wait:
     needed: int = 0
     available: int = 0
     behind: str | None = None
-    """The sequence that it waits behind, or in whose favour blocks were taken."""
+    """The sequence that it waits behind, or that blocks were wanted for."""
 
     def __str__(self) -> str:
         share = f"{self.got} of {self.wanted} tokens" if self.got else "nothing"
@@ -66,7 +66,7 @@ class Wait:
                 )
             case Cause.PREEMPTION:
                 return (
-                    f"computed {share}: blocks ran out in this step ({self.behind} took some), so "
+                    f"computed {share}: blocks ran out in this step ({self.behind} needed some), so "
                     "nobody was admitted"
                 )
             case Cause.SIBLINGS:
@@ -96,6 +96,21 @@ class Preemption(NamedTuple):
     """Tokens whose keys and values must be computed again: 0 with swap."""
     num_blocks: int
     """Blocks that it held, and lost in this step."""
+
+    @property
+    def occasion(self) -> str:
+        """What it was preempted for, to be read after its name."""
+        if self.in_favour_of != self.seq_id:
+            return f"for {self.in_favour_of}"
+        match self.mode:
+            case "error":
+                return "as the step was taken back"
+            case "rewind":
+                return "by the rewind"
+            case "fork":
+                return "as there was no room for it"
+            case _:
+                return "when no block was left for it"
 
 
 PREFIX_CACHE = ""
@@ -252,7 +267,7 @@ class StepRecord:
         if self.admitted:
             parts.append("admitted " + ", ".join(a.seq_id for a in self.admitted))
         parts += [
-            f"preempted {p.seq_id} for {p.in_favour_of} ({p.mode}, {p.num_lost_tokens} tokens lost)"
+            f"preempted {p.seq_id} {p.occasion} ({p.mode}, {p.num_lost_tokens} tokens lost)"
             for p in self.preempted
         ]
         parts += [f"finished {f.seq_id} ({f.reason})" for f in self.finished]

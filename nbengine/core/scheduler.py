@@ -468,7 +468,10 @@ class Scheduler:
             wanted = seq.num_uncomputed_tokens
             if plan.scheduled and journal.preempted and journal.preempted[-1].num_blocks:
                 behind = journal.preempted[-1].in_favour_of  # for want of blocks, in this step
-                journal.waits.append(Wait(seq.seq_id, Cause.PREEMPTION, wanted, 0, behind=behind))
+                if behind != seq.seq_id:  # else it is the one that found none, and said so
+                    journal.waits.append(
+                        Wait(seq.seq_id, Cause.PREEMPTION, wanted, 0, behind=behind)
+                    )
                 return
             seats = 1 + seq.pending_forks
             left = self.config.max_num_seqs - self.num_seats_taken

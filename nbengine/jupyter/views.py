@@ -131,7 +131,7 @@ def events_of(record: StepRecord) -> list[str]:
         hit = admission.prefix.num_hit_tokens
         events.append(f"{verb} {admission.seq_id}" + (f" ({hit} tokens cached)" if hit else ""))
     events += [
-        f"preempted {p.seq_id} for {p.in_favour_of} ({p.mode}, {p.num_lost_tokens} tokens lost)"
+        f"preempted {p.seq_id} {p.occasion} ({p.mode}, {p.num_lost_tokens} tokens lost)"
         for p in record.preempted
     ]
     events += [f"forked {f.parent} into {f.child}" for f in record.forked]
@@ -256,7 +256,7 @@ def record_html(record: StepRecord) -> str:
     if record.evicted:
         blocks.append(f"evicted: {_blocks_shown(record.evicted)}")
     preempted = [
-        f"{p.seq_id} for {p.in_favour_of}: {p.mode}, {p.num_lost_tokens} tokens lost, "
+        f"{p.seq_id} {p.occasion}: {p.mode}, {p.num_lost_tokens} tokens lost, "
         f"{p.num_blocks} blocks given up"
         for p in record.preempted
     ]

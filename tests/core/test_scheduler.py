@@ -630,10 +630,20 @@ class TestState:
         record = b.step()
         assert str(record) == (
             "step 2: 1/2048 tokens; req-0 1; preempted req-1 for req-0 (recompute, 80 tokens lost);"
-            " req-1 computed nothing: blocks ran out in this step (req-0 took some), so nobody was "
+            " req-1 computed nothing: blocks ran out in this step (req-0 needed some), so nobody was "
             "admitted"
         )
         assert "req-1" in record._repr_html_()
+
+    def test_one_that_finds_no_block_itself_is_told_of_once(self, bench):
+        b = bench(num_blocks=11)
+        b.add(90, max_tokens=40)
+        b.add(80, max_tokens=40)
+        b.step()
+        assert str(b.step()).endswith(
+            "preempted req-1 when no block was left for it (recompute, 80 tokens lost); "
+            "req-1 computed nothing: needs 1 block, 0 available"
+        )
 
 
 class TestRewind:

@@ -109,7 +109,7 @@ class TestWaiting:
         assert seq.queueing.num_blocks_available == 4
         words = str(t.why("req-1"))
         assert "preempted in step 2 in favour of req-0: 80 tokens to compute again" in words
-        assert "blocks ran out in this step (req-0 took some)" in words
+        assert "blocks ran out in this step (req-0 needed some)" in words
 
     def test_a_swapped_one_lost_nothing(self, told):
         t = told(num_blocks=10, preemption_mode="swap", num_host_blocks=9)
