@@ -135,6 +135,8 @@ def survey(
         for op, found in ops.live_calls(*OPS, step=step).items()
     }
     of_what = "at the engine's batch" if step is None else f"in step {step}"
+    if step is None and calls["paged_attention_prefill"]:
+        of_what += " (prefill attention: as if it computed the last 64 tokens of some again)"
     if ops.device.type == "cuda":
         return ops.between_steps(lambda: _measured(ops, calls, published, of_what))
     rows = tuple(_costed(implementation, calls) for implementation in ops.implementations)

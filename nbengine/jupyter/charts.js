@@ -3,7 +3,7 @@
 //
 // createCharts(…) returns {element, update(data), destroy()}; `data` is the timeline's, with `range`:
 // [from, to] as its onRange told, or null for the newest steps that fit. In one module it follows
-// redraw.js, step_axis.js, entries.js and timeline.js.
+// dom.js, redraw.js, step_axis.js, entries.js and timeline.js.
 //
 // A strip has one scale. So output and prefill, which differ by orders of magnitude, are two strips
 // and not two lines of one. Solid is what computes or is held, hatched what waits or is cached, as in
@@ -110,23 +110,23 @@ function roundUp(value) {
 
 export function createCharts({ palette, onCursor, onMissing }) {
   // ---------------------------------------------------------------- elements
-  const chip = make("span", "nbe-tl-chip nbe-ch-chip");
-  const cursorMark = make("div", "nbe-ch-mark nbe-ch-cursor", { "aria-hidden": "true" });
-  const hoverMark = make("div", "nbe-ch-mark nbe-ch-hover", { "aria-hidden": "true" }, chip);
+  const chip = h("span", { class: "nbe-tl-chip nbe-ch-chip" });
+  const cursorMark = h("div", { class: "nbe-ch-mark nbe-ch-cursor", "aria-hidden": "true" });
+  const hoverMark = h("div", { class: "nbe-ch-mark nbe-ch-hover", "aria-hidden": "true" }, chip);
   const strips = STRIPS.map((strip) => {
-    const canvas = make("canvas", "nbe-ch-plot", { role: "img", "aria-label": strip.title });
+    const canvas = h("canvas", { class: "nbe-ch-plot", role: "img", "aria-label": strip.title });
     const texts = strip.values.map(([, , word]) => {
-      const number = make("b", "");
+      const number = h("b");
       // One value alone needs no word: its strip has a title.
-      return { number, line: make("div", "", {}, number, strip.values.length > 1 ? make("span", "", {}, ` ${word}`) : "") };
+      return { number, line: h("div", {}, number, strip.values.length > 1 ? h("span", {}, ` ${word}`) : "") };
     });
-    const values = make("div", `nbe-ch-values${texts.length > 1 ? "" : " nbe-ch-single"}`, {}, ...texts.map(({ line }) => line));
-    const scale = make("i", "nbe-ch-scale"); // where the strip's top is
-    const title = make("div", "nbe-ch-title", {}, scale, make("span", "", {}, strip.title), make("small", "", {}, strip.unit));
-    return { ...strip, canvas, texts, scale, row: make("div", "nbe-ch-strip", {}, title, canvas, values) };
+    const values = h("div", { class: `nbe-ch-values${texts.length > 1 ? "" : " nbe-ch-single"}` }, ...texts.map(({ line }) => line));
+    const scale = h("i", { class: "nbe-ch-scale" }); // where the strip's top is
+    const title = h("div", { class: "nbe-ch-title" }, scale, h("span", {}, strip.title), h("small", {}, strip.unit));
+    return { ...strip, canvas, texts, scale, row: h("div", { class: "nbe-ch-strip" }, title, canvas, values) };
   });
-  const view = make("div", "nbe-ch-view", {}, ...strips.map(({ row }) => row), cursorMark, hoverMark);
-  const element = make("div", "nbe-ch", { role: "group", "aria-label": "Charts of steps" }, view);
+  const view = h("div", { class: "nbe-ch-view" }, ...strips.map(({ row }) => row), cursorMark, hoverMark);
+  const element = h("div", { class: "nbe-ch", role: "group", "aria-label": "Charts of steps" }, view);
 
   // ---------------------------------------------------------------- state
   let data = { steps: null, cursor: null, range: null };
@@ -197,7 +197,7 @@ export function createCharts({ palette, onCursor, onMissing }) {
       const y = (value) => base - (value / most) * (base - 3);
       if (strip.line) paintLine(context, columns, y, base, colour);
       else paintStack(context, columns, y, strip.stack, colour);
-      if (strip.most === null) put(strip.scale, grouped(most));
+      if (strip.most === null) setText(strip.scale, grouped(most));
     }
   }
 
@@ -284,7 +284,7 @@ export function createCharts({ palette, onCursor, onMissing }) {
       if (under !== null && under >= data.steps.first && under <= data.steps.last) {
         step = under;
         if (!isPressed) place(hoverMark, under);
-        put(chip, `step ${grouped(under)}`);
+        setText(chip, `step ${grouped(under)}`);
       }
     }
     for (const { title, canvas, values, texts } of strips) {
@@ -292,7 +292,7 @@ export function createCharts({ palette, onCursor, onMissing }) {
         const value = step === null ? NaN : valueAt(name, step);
         return Number.isFinite(value) ? [format(value), word] : ["–", word];
       });
-      found.forEach(([text], i) => put(texts[i].number, text));
+      found.forEach(([text], i) => setText(texts[i].number, text));
       const told = found.map(([text, word]) => (text === "–" ? `${word} unknown` : `${text} ${word}`)).join(", ");
       const label = step === null ? `${title}: no step yet` : `${title} at step ${step}: ${told}`;
       if (canvas.getAttribute("aria-label") !== label) canvas.setAttribute("aria-label", label);

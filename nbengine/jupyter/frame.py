@@ -36,6 +36,8 @@ LONGEST_HOLD_OFF = 0.02
 """Seconds that a running engine may take from one step to the computing of the next."""
 SECONDS_OF_A_LAUNCH = 0.001
 """A device has nothing to do until a step's kernels are launched, and that is Python's work too."""
+SPEED_TOKENS = 20
+"""A request's speed is that of so many of its latest tokens."""
 SPEED_WINDOW = 2.0
 """Seconds over which tokens per second are counted."""
 
@@ -203,7 +205,6 @@ def _row(
     waits: dict[str, Wait],
     head: str | None,
 ) -> dict[str, Any]:
-    tpot = metrics.tpot if metrics else None
     return {
         "id": seq.seq_id,
         "request": seq.request.request_id,
@@ -218,7 +219,7 @@ def _row(
         "num_blocks": len(seq.block_table),
         "text": tail(text, TEXT_TAIL),
         "ttft": _rounded(metrics.ttft) if metrics else None,
-        "speed": round(1 / tpot, 1) if tpot else None,
+        "speed": _speed(metrics.token_times) if metrics else None,
         "why": _why(seq, waits, head),
     }
 
@@ -228,6 +229,13 @@ def _news(row: dict[str, Any], told: dict[str, Any] | None) -> dict[str, Any]:
     if told is None:
         return row
     return {key: value for key, value in row.items() if key == "id" or told[key] != value}
+
+
+def _speed(times: list[float]) -> float | None:
+    """Tokens a second, of the latest: a pause is soon forgotten."""
+    latest = times[-SPEED_TOKENS - 1 :]
+    elapsed = latest[-1] - latest[0] if latest else 0
+    return round((len(latest) - 1) / elapsed, 1) if elapsed else None
 
 
 def _rounded(seconds: float | None) -> float | None:

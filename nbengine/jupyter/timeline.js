@@ -1,8 +1,8 @@
 // The step timeline: one line a sequence, one column a step, on a canvas between names and values.
 //
 // createTimeline(…) returns {element, update(data), destroy()} and knows nothing of the kernel: data
-// comes in whole, what the user does goes out as callbacks. In one module it follows redraw.js,
-// step_axis.js, entries.js and lanes.js.
+// comes in whole, what the user does goes out as callbacks. In one module it follows dom.js,
+// redraw.js, step_axis.js, entries.js and lanes.js.
 //
 //   data = {steps, names, cursor, selected, isLive}
 //     steps     {first, last, get(step)}; a row is {step, time, seconds, phases, numTokens, budget,
@@ -30,51 +30,40 @@ const TOLD = 8; // sequences that a screen reader is told of, of one step
 
 const PHASES = ["schedule", "prepare", "execute", "commit"];
 
-function make(tag, className, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  node.className = className;
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
 const milliseconds = (seconds) => `${(seconds * 1000).toFixed(seconds < 0.1 ? 1 : 0)} ms`;
 export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange = () => {} }) {
   // ---------------------------------------------------------------- elements
-  const summary = make("div", "nbe-tl-summary");
-  const live = make("button", "nbe-tl-live", { type: "button", "aria-pressed": "true", title: "Follow the newest step (Esc)" }, "Live");
-  const ruler = make("canvas", "nbe-tl-ruler", { "aria-hidden": "true" });
-  const plot = make("canvas", "nbe-tl-plot", {
+  const summary = h("div", { class: "nbe-tl-summary" });
+  const live = h("button", { class: "nbe-tl-live", type: "button", "aria-pressed": "true", title: "Follow the newest step (Esc)" }, "Live");
+  const ruler = h("canvas", { class: "nbe-tl-ruler", "aria-hidden": "true" });
+  const plot = h("canvas", {
+    class: "nbe-tl-plot",
     tabindex: "0",
     role: "slider",
     "aria-label": "Step timeline",
     "aria-orientation": "horizontal",
   });
-  const lines = make("div", "nbe-tl-lines", {}, plot);
-  const scroller = make("div", "nbe-tl-scroller", { tabindex: "-1" }, lines);
-  const chip = make("span", "nbe-tl-chip");
-  const cursorMark = make("div", "nbe-tl-cursor", { "aria-hidden": "true" }, chip);
-  const brushMark = make("div", "nbe-tl-brush", { "aria-hidden": "true" });
-  const tip = make("div", "nbe-tl-tip", { role: "tooltip" });
-  const empty = make("div", "nbe-tl-empty");
-  const thumb = make("div", "nbe-tl-thumb");
-  const track = make("div", "nbe-tl-track", { "aria-hidden": "true" }, thumb);
-  const view = make("div", "nbe-tl-view", {}, ruler, scroller, track, cursorMark, brushMark, empty, tip);
-  const legend = make("div", "nbe-tl-legend", { "aria-hidden": "true" });
+  const lines = h("div", { class: "nbe-tl-lines" }, plot);
+  const scroller = h("div", { class: "nbe-tl-scroller", tabindex: "-1" }, lines);
+  const chip = h("span", { class: "nbe-tl-chip" });
+  const cursorMark = h("div", { class: "nbe-tl-cursor", "aria-hidden": "true" }, chip);
+  const brushMark = h("div", { class: "nbe-tl-brush", "aria-hidden": "true" });
+  const tip = h("div", { class: "nbe-tl-tip", role: "tooltip" });
+  const empty = h("div", { class: "nbe-tl-empty" });
+  const thumb = h("div", { class: "nbe-tl-thumb" });
+  const track = h("div", { class: "nbe-tl-track", "aria-hidden": "true" }, thumb);
+  const view = h("div", { class: "nbe-tl-view" }, ruler, scroller, track, cursorMark, brushMark, empty, tip);
+  const legend = h("div", { class: "nbe-tl-legend", "aria-hidden": "true" });
   const rareKeys = new Map();
   for (const [code, word, shape, isRare] of LEGEND) {
-    const key = make("span", "nbe-tl-key");
+    const key = h("span", { class: "nbe-tl-key" });
     key.innerHTML = `<svg width="20" height="14" viewBox="0 0 20 14">${shape}</svg>`; // of this file, not of data
     key.append(word);
     if (isRare) rareKeys.set(code, key);
     legend.append(key);
   }
-  legend.append(make("span", "nbe-tl-hint", {}, "drag the steps' numbers or Ctrl + wheel to zoom, arrow keys to move"));
-  const element = make("div", "nbe-tl", {}, make("div", "nbe-tl-head", {}, summary, live), view, legend);
+  legend.append(h("span", { class: "nbe-tl-hint" }, "drag the steps' numbers or Ctrl + wheel to zoom, arrow keys to move"));
+  const element = h("div", { class: "nbe-tl" }, h("div", { class: "nbe-tl-head" }, summary, live), view, legend);
 
   // ---------------------------------------------------------------- state
   let data = { steps: null, names: new Map(), cursor: null, selected: null, isLive: false };
@@ -260,8 +249,8 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     labels.clear();
     fitCanvas(ruler, layout.plotWidth, RULER);
     fitCanvas(plot, layout.plotWidth, scroller.clientHeight);
-    put(empty, "No step yet. Each step that the engine takes becomes a column here.");
-    put(summary, "no step yet");
+    setText(empty, "No step yet. Each step that the engine takes becomes a column here.");
+    setText(summary, "no step yet");
     for (const node of [cursorMark, brushMark, tip, track]) node.hidden = true;
     empty.hidden = false;
     live.setAttribute("aria-pressed", String(isFollowing()));
@@ -407,7 +396,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
       let label = labels.get(slot);
       if (!label) labels.set(slot, (label = makeLabel(slot)));
       const id = nameOf(slot);
-      put(label.name, id);
+      setText(label.name, id);
       label.button.title = id;
       label.swatch.style.background = colours[colourOf(slot)];
       label.row.style.top = `${line * LINE}px`;
@@ -415,19 +404,19 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
       label.row.classList.toggle("nbe-tl-selected", isSelected);
       label.button.setAttribute("aria-pressed", String(isSelected));
       const word = entries.get(slot);
-      put(label.value, word === undefined ? "" : VALUES[codeOf(word)]?.(grouped(countOf(word))) ?? "");
+      setText(label.value, word === undefined ? "" : VALUES[codeOf(word)]?.(grouped(countOf(word))) ?? "");
       label.row.classList.toggle("nbe-tl-idle", word === undefined);
     }
   }
 
   function makeLabel(slot) {
-    const swatch = make("i", "nbe-tl-swatch");
-    const name = make("span", "nbe-tl-name");
+    const swatch = h("i", { class: "nbe-tl-swatch" });
+    const name = h("span", { class: "nbe-tl-name" });
     // Out of the tab order: the arrow keys go through sequences.
-    const button = make("button", "nbe-tl-label", { type: "button", tabindex: "-1" }, swatch, name);
+    const button = h("button", { class: "nbe-tl-label", type: "button", tabindex: "-1" }, swatch, name);
     button.addEventListener("click", () => select(nameOf(slot) === selected ? null : nameOf(slot)));
-    const value = make("span", "nbe-tl-value");
-    const row = make("div", "nbe-tl-line", {}, button, value);
+    const value = h("span", { class: "nbe-tl-value" });
+    const row = h("div", { class: "nbe-tl-line" }, button, value);
     row.style.height = `${LINE}px`;
     lines.append(row);
     return { row, button, swatch, name, value };
@@ -445,7 +434,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
       cursorMark.style.width = `${width}px`;
       cursorMark.style.transform = `translateX(${layout.left + x}px)`;
       cursorMark.classList.toggle("nbe-tl-thin", width < 4);
-      put(chip, grouped(step));
+      setText(chip, grouped(step));
       const half = 4 + 3.4 * chip.textContent.length; // nearly, without a layout
       const centre = x + width / 2;
       chip.style.marginLeft = `${clamp(centre, half, axis.width - half) - centre}px`;
@@ -460,7 +449,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     thumb.style.left = `${(100 * (axis.from - steps.first)) / total}%`;
     thumb.style.width = `${(100 * (axis.to - axis.from + 1)) / total}%`;
     empty.hidden = slots.length > 0;
-    if (!slots.length) put(empty, "No sequence in these steps.");
+    if (!slots.length) setText(empty, "No sequence in these steps.");
     placeTip();
   }
 
@@ -471,17 +460,17 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     // Where columns are narrower than a pixel, the tip tells of all steps of the pixel.
     const last = clamp(axis.stepAt(hover.x + 1) - 1, step, data.steps.last);
     const slot = slots[Math.floor(hover.y / LINE)];
-    const head = make("b", "", {}, step === last ? `step ${grouped(step)}` : `steps ${grouped(step)} to ${grouped(last)}`);
-    const rows = [make("div", "", {}, head, ` ${stepFacts(step, last)}`)];
+    const head = h("b", {}, step === last ? `step ${grouped(step)}` : `steps ${grouped(step)} to ${grouped(last)}`);
+    const rows = [h("div", {}, head, ` ${stepFacts(step, last)}`)];
     if (slot !== undefined) {
-      const swatch = make("i", "nbe-tl-swatch");
+      const swatch = h("i", { class: "nbe-tl-swatch" });
       swatch.style.background = labels.get(slot)?.swatch.style.background ?? "";
-      rows.push(make("div", "", {}, swatch, make("b", "", {}, nameOf(slot)), ` ${laneFacts(slot, step, last)}`));
+      rows.push(h("div", {}, swatch, h("b", {}, nameOf(slot)), ` ${laneFacts(slot, step, last)}`));
     }
     const row = data.steps.get(step);
     if (step === last && row?.phases) {
       const phases = PHASES.map((name, i) => `${name} ${(row.phases[i] * 1000).toFixed(1)}`).join(" · ");
-      rows.push(make("small", "", {}, `${phases} ms`));
+      rows.push(h("small", {}, `${phases} ms`));
     }
     tip.replaceChildren(...rows);
     const x = layout.left + hover.x;
@@ -524,7 +513,7 @@ export function createTimeline({ palette, onCursor, onSelect, onMissing, onRange
     const facts = [`step ${grouped(step)}`];
     const row = steps.get(step);
     if (row) facts.push(stepFacts(step, step));
-    put(summary, facts.join(" · "));
+    setText(summary, facts.join(" · "));
     const codes = lanes.codes(axis.from, axis.to);
     for (const [code, key] of rareKeys) key.hidden = !(codes & (1 << code));
   }

@@ -17,7 +17,10 @@ from nbengine.jupyter.widget import DashboardWidget
 from tests.browser.lab import REPOSITORY
 
 JUPYTER = REPOSITORY / "nbengine" / "jupyter"
-MODULES = ("redraw.js", "step_axis.js", "entries.js", "lanes.js", "timeline.js", "charts.js")
+MODULES = (
+    *("dom.js", "redraw.js", "step_axis.js", "entries.js", "lanes.js"),
+    *("timeline.js", "charts.js"),
+)
 PAGE = f"""\
 <!doctype html><meta charset="utf-8">
 <link rel="stylesheet" href="/timeline.css">

@@ -177,7 +177,7 @@ def test_a_row_tells_the_time_to_the_first_token_and_the_speed(make_engine: Make
     engine = make_engine()
     now = 0.0
     engine.clock = engine.scheduler.clock = lambda: now
-    engine.add_request("a b c", SamplingParams(max_tokens=10))
+    engine.add_request("a b c", SamplingParams(max_tokens=40))
 
     def half_a_second() -> None:
         nonlocal now
@@ -188,6 +188,10 @@ def test_a_row_tells_the_time_to_the_first_token_and_the_speed(make_engine: Make
     content, _ = told(engine)
     (row,) = content["rows"]
     assert (row["ttft"], row["speed"]) == (0.5, 2.0)
+    now += 1000.0
+    engine.step(21)
+    content, _ = told(engine)
+    assert content["rows"][0]["speed"] == 2.0, "a pause is forgotten"
 
 
 def test_differences_add_up_to_the_whole(make_engine: MakeEngine) -> None:
