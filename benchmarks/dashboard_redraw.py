@@ -1,9 +1,10 @@
-"""How long does a redraw of the dashboard's timeline and charts take, with 10,000 steps in view?
+"""How long does a redraw of the dashboard's views take, with 10,000 steps and 100,000 blocks?
 
-The two views stand on a bare page of a headless Chromium without a GPU, with 256 sequences in every
-step, in a window of 1,140 CSS pixels at two device pixels each. Timed is the JavaScript of each
-frame (the callbacks of requestAnimationFrame: what both views compute and draw), not what the
-browser then does with the drawing.
+The timeline and the charts with all steps in view and 256 sequences in each; then the block map, most
+of its blocks held by 256 sequences. They stand on a bare page of a headless Chromium without a GPU, in
+a window of 1,140 CSS pixels at two device pixels each. Timed is the JavaScript of each frame (what the
+views compute when they are told something, and in the callbacks of requestAnimationFrame), not what
+the browser then does with the drawing.
 
     python benchmarks/dashboard_redraw.py
 """
@@ -22,10 +23,10 @@ from benchmarks.scheduler_step import cpu_name  # noqa: E402
 from tests.browser.lab import CHROMIUM_ARGUMENTS, find_chromium  # noqa: E402
 from tests.browser.test_timeline_browser import serve_views  # noqa: E402
 
-NUM_STEPS, NUM_SEQUENCES, NUM_FRAMES = 10_000, 256, 100
+NUM_STEPS, NUM_SEQUENCES, NUM_BLOCKS, NUM_FRAMES = 10_000, 256, 100_000, 100
 GOAL_MS = 16
 
-MEASURE = """async ([numSteps, numSequences, numFrames]) => {
+MEASURE = """async ([numSteps, numSequences, numBlocks, numFrames]) => {
   const request = window.requestAnimationFrame.bind(window);
   let spent = 0;
   window.requestAnimationFrame = (act) => request((time) => {
@@ -51,8 +52,9 @@ MEASURE = """async ([numSteps, numSequences, numFrames]) => {
   async function measure(act) {
     const times = [];
     for (let i = 0; i < numFrames; i++) {
-      spent = 0;
+      const start = performance.now();
       act(i);
+      spent = performance.now() - start;
       await frame();
       await frame(); // what callbacks asked for in the first is done in the second
       times.push(spent);
@@ -93,6 +95,39 @@ MEASURE = """async ([numSteps, numSequences, numFrames]) => {
     const at = { clientX: box.left + 5 * i, clientY: box.top + 100 };
     plot.dispatchEvent(new PointerEvent("pointermove", at));
   });
+
+  const map = views.createBlockMap({ palette: window.palette });
+  document.querySelector("#host").replaceChildren(map.element);
+  const cells = new Uint32Array(numBlocks);
+  const HELD = 2;
+  const take = (block, slot) => (cells[block] = HELD | (1 << 2) | (slot << 10));
+  const numHeld = 0.9 * numBlocks;
+  for (let block = 0; block < numHeld; block++) take(block, (block * 7919) % numSequences);
+  const tails = new Uint32Array(2 * numSequences);
+  for (let slot = 0; slot < numSequences; slot++) tails.set([slot, 5], 2 * slot);
+  const blocks = {
+    cells, tails, names: owner.names, blockSize: 16, step: 1, selected: null, table: new Uint32Array(), details: null,
+  };
+  const tell = () => map.update(blocks);
+  tell();
+  await frame();
+  await frame();
+  let next = numHeld;
+  found.blocks_300_of_which_change = await measure((i) => {
+    for (let k = 0; k < 300; k++) take(next++ % numBlocks, (i + k) % numSequences);
+    tell();
+  });
+  const canvas = map.element.querySelector("canvas");
+  const at = canvas.getBoundingClientRect();
+  found.blocks_while_the_pointer_moves = await measure((i) => {
+    canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: at.left + 5 * i, clientY: at.top + 50 }));
+  });
+  blocks.selected = owner.names.get(0).id;
+  blocks.table = Uint32Array.from({ length: 6000 }, (_, i) => (i * 37) % numBlocks);
+  found.blocks_with_a_table_of_6000_selected = await measure(tell);
+  blocks.selected = null;
+  const ids = [...owner.names.values()].map(({ id }) => id);
+  found.blocks_of_one_sequence_after_the_other_lit = await measure((i) => map.highlight(ids[i]));
   return found;
 }"""
 
@@ -107,7 +142,7 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
         page = browser.new_page(viewport={"width": 1140, "height": 800}, device_scale_factor=2)
         serve_views(page)
-        found = page.evaluate(MEASURE, [NUM_STEPS, NUM_SEQUENCES, NUM_FRAMES])
+        found = page.evaluate(MEASURE, [NUM_STEPS, NUM_SEQUENCES, NUM_BLOCKS, NUM_FRAMES])
         version = browser.version
         browser.close()
     result = {
@@ -115,6 +150,7 @@ def main() -> int:
         "command": "python benchmarks/dashboard_redraw.py",
         "num_steps": NUM_STEPS,
         "num_sequences": NUM_SEQUENCES,
+        "num_blocks": NUM_BLOCKS,
         "num_frames": NUM_FRAMES,
         "redraw": found,
         "goal_ms": GOAL_MS,

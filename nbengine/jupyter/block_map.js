@@ -24,7 +24,7 @@ const kindOf = (cell) => cell & 3;
 const refsOf = (cell) => (cell >> 2) & 255;
 const slotOf = (cell) => cell >>> 10;
 
-function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
+export function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
   const canvas = h("canvas", { tabindex: 0, role: "img" });
   const readout = h("div", { class: "nbe-readout", "aria-live": "polite" });
   const element = h("div", {}, h("div", { class: "nbe-map" }, canvas), readout);
@@ -36,7 +36,7 @@ function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
   let hovered = null; // a sequence whose blocks stand out
   let fills = new Map(); // last block of a sequence -> slots in use
   let place = new Map(); // block of the selected table -> its index there
-  let image = null; // {data, pixels, drawn, key}: what dense cells are painted into
+  let image = null; // {data, pixels, drawn, layer, key}: what dense cells are painted into
   const rung = new Map(); // block to the time when it was taken
   let kinds = null; // of every block, as last told
   let pending = 0;
@@ -131,13 +131,13 @@ function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
   function paintDense(context, ink, ratio) {
     const { cell, columns } = grid;
     const { cells } = blocks;
-    const chosen = standingOut();
-    const key = [canvas.width, canvas.height, ink, ratio, cells.length, hovered, blocks.selected].join();
+    const key = [canvas.width, canvas.height, ink, ratio, cells.length].join();
     if (!image || image.key !== key) {
       const data = context.createImageData(canvas.width, canvas.height);
-      image = { key, data, pixels: new Uint32Array(data.data.buffer), drawn: null };
+      const layer = new OffscreenCanvas(canvas.width, canvas.height);
+      image = { key, data, pixels: new Uint32Array(data.data.buffer), drawn: null, layer };
     }
-    const { pixels, drawn, data } = image;
+    const { pixels, drawn, data, layer } = image;
     const rgb = channels(context, ink);
     const size = Math.max(2, Math.round(cell * ratio) - 1);
     const [white, transparent] = [pack([255, 255, 255], 255), 0];
@@ -154,10 +154,8 @@ function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
         mark = pack(rgb, 150);
       } else if (kind >= HELD) {
         const slot = slotOf(value);
-        const alpha = chosen === null || chosen(block, slot) ? 255 : 45;
-        const name = slot * 256 + alpha;
-        solid = colours.get(name) ?? pack(channels(context, colourOf(slot)), alpha);
-        colours.set(name, solid);
+        solid = colours.get(slot) ?? pack(channels(context, colourOf(slot)), 255);
+        colours.set(slot, solid);
         mark = kind === SHARED ? white : solid;
       }
       const x0 = Math.round((block % columns) * cell * ratio);
@@ -170,9 +168,42 @@ function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
       highest = Math.max(highest, y0 + size);
     }
     image.drawn = cells.slice();
-    // What lies over the image (cursor, thread) goes with it; so all of it is put back.
-    context.putImageData(data, 0, 0);
-    canvas.dataset.painted = Math.max(0, highest - lowest);
+    const numRows = Math.max(0, highest - lowest);
+    if (numRows) layer.getContext("2d").putImageData(data, 0, 0, 0, lowest, canvas.width, numRows);
+    canvas.dataset.painted = numRows;
+    const chosen = standingOut();
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.globalAlpha = chosen === null ? 1 : 0.18;
+    context.drawImage(layer, 0, 0);
+    context.globalAlpha = 1;
+    if (chosen !== null) paintChosen(context, chosen, size, ratio);
+  }
+
+  // Over the dimmed image, by colour: a call a block is slow for many.
+  function paintChosen(context, chosen, size, ratio) {
+    const { cell, columns } = grid;
+    const paths = new Map();
+    const shared = new Path2D();
+    blocks.cells.forEach((value, block) => {
+      const slot = slotOf(value);
+      if (kindOf(value) < HELD || !chosen(block, slot)) return;
+      const x = Math.round((block % columns) * cell * ratio);
+      const y = Math.round(Math.floor(block / columns) * cell * ratio);
+      const colour = colourOf(slot);
+      if (!paths.has(colour)) paths.set(colour, new Path2D());
+      paths.get(colour).rect(x, y, size, size);
+      if (kindOf(value) === SHARED) {
+        shared.moveTo(x, y + size);
+        shared.lineTo(x + size, y);
+      }
+    });
+    for (const [colour, path] of paths) {
+      context.fillStyle = colour;
+      context.fill(path);
+    }
+    context.strokeStyle = "#fff";
+    context.lineWidth = 1;
+    context.stroke(shared);
   }
 
   const known = new Map();
@@ -193,7 +224,11 @@ function createBlockMap({ palette, onPoint = () => {}, onPick = () => {} }) {
 
   // Whether a block belongs to what is looked at; null when nothing is.
   function standingOut() {
-    if (hovered !== null) return (_, slot) => nameOf(slot) === hovered;
+    if (hovered !== null) {
+      const lit = new Set();
+      for (const [slot, { id }] of blocks.names) if (id === hovered) lit.add(slot);
+      return (_, slot) => lit.has(slot);
+    }
     if (blocks.selected !== null && place.size) return (block) => place.has(block);
     return null;
   }

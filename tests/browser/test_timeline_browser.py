@@ -18,7 +18,7 @@ from tests.browser.lab import REPOSITORY
 
 JUPYTER = REPOSITORY / "nbengine" / "jupyter"
 MODULES = (
-    *("dom.js", "redraw.js", "step_axis.js", "entries.js", "lanes.js"),
+    *("dom.js", "block_map.js", "redraw.js", "step_axis.js", "entries.js", "lanes.js"),
     *("timeline.js", "charts.js"),
 )
 PAGE = f"""\
