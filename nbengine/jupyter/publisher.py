@@ -3,8 +3,9 @@
 It sends what has changed since the last frame, never a backlog: at most 30 frames a second (about 11
 while the engine runs), and the next one only when a page has acknowledged the last. Jupyter drops
 messages silently beyond 1,000 a second, and a server keeps those for an absent page in memory; with
-one frame in flight neither happens. Without an acknowledgement (no page, a hidden one, a lost message) it sends a whole frame
-after a second, then ever more rarely, until a page answers or says that it is new.
+one frame in flight neither happens. Without an acknowledgement (no page, a hidden one, a lost
+message) it sends a whole frame after a second, then ever more rarely, until a page answers or says
+that it is new.
 
 While the engine runs, it takes at most a thirtieth of its time: a frame that costs more comes more
 rarely. It holds the engine weakly, and ends when the engine is closed or collected.
