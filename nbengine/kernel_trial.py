@@ -3,7 +3,8 @@
 One call compiles CUDA C in an op's place, verifies it against the reference (on the op's grid and,
 with an engine, on the live KV cache), accounts for registers, shared memory and occupancy, measures
 it against what runs the op now and against the roofline, and, if asked, swaps it in. `%%nb_kernel`
-shows what it returns; a script calls it as well. What can't be had on this machine is said in
+shows what it returns; a script calls it as well (inside `progress_to(print)` it tells how far it
+is). What can't be had on this machine is said in
 `Trial.notes`, one line each, and never left out silently.
 """
 
@@ -39,6 +40,7 @@ from nbengine.kernels.table import Swapped
 from nbengine.kernels.timing import collect
 from nbengine.kernels.toolchain import ToolchainMissing
 from nbengine.kernels.verification import Verified, verify_implementation
+from nbengine.progress import say
 
 if TYPE_CHECKING:
     from nbengine.engine import Engine
@@ -265,6 +267,7 @@ def _architecture() -> str:
 
 
 def _counted(op: Op, source: Source, current: Implementation, arguments: Arguments) -> Counted:
+    say("counting what it reads and writes")
     ran = current.source
     before = None if ran is None else counters(op, ran, arguments)
     return Counted(counters(op, source, arguments), before)

@@ -22,6 +22,7 @@ from nbengine.kernels.planned import planned
 from nbengine.kernels.roofline import Roofline
 from nbengine.kernels.source import CUDA_ROOT
 from nbengine.kernels.timing import Timing
+from nbengine.progress import progress_to
 from tests.gpu import needs_gpu
 from tests.tiny_models import save_reference
 
@@ -219,6 +220,34 @@ def test_a_kernel_agrees_on_live_tensors_goes_in_and_the_requests_go_on(
         plain.run()
         expected = plain.output("req-0").outputs[0].token_ids
     assert engine.output("req-0").outputs[0].token_ids == expected
+
+
+def test_a_swap_tells_what_it_does_on_whichever_thread(engine: Engine) -> None:
+    told: list[str] = []
+    with progress_to(told.append):
+        engine.kernels.swap("rms_norm", RMS_NORM)
+    once = list(dict.fromkeys(words.partition(";")[0] for words in told))
+    num_calls = len(list(OPS["rms_norm"].cases()))
+    assert once == [
+        *(
+            f"verifying rms_norm on its grid: {n} of {num_calls} calls"
+            for n in range(1, num_calls + 1)
+        ),
+        "waiting for the engine's step to end",
+        "looking at a step of the engine's batch",
+        "verifying rms_norm on live tensors: call 1",
+        "verifying rms_norm on live tensors: call 2",
+    ]
+    assert "compiling rms_norm<float, 64, 16, 8, true>" in " ".join(told)
+
+
+def test_a_trial_tells_what_it_compiles_and_that_it_counts(engine: Engine) -> None:
+    told: list[str] = []
+    fresh = f"{RMS_NORM}// {torch.rand(1).item()}\n"  # which no cache knows
+    with progress_to(told.append):
+        try_kernel("rms_norm", fresh, engine, case="float32-1x64", architecture="sm_80")
+    assert "compiling rms_norm<float, 64, 16, 8, true> for sm_80" in " ".join(told)
+    assert "counting what it reads and writes" in told
 
 
 def test_what_is_wrong_on_the_live_cache_alone_stays_out(engine: Engine) -> None:

@@ -51,6 +51,7 @@ def _three(text: str) -> tuple[int, int, int]:
 class KernelMagics(EngineMagics):
     """Kernels: tried, looked at, swapped."""
 
+    tells_progress = True
     option_values: ClassVar = {"--arch": tuple(LIMITS), "--gpu": tuple(PUBLISHED)}
 
     @magic(

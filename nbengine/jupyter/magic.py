@@ -10,6 +10,7 @@ import argparse
 import ast
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from IPython.core.error import TryNext, UsageError
@@ -19,6 +20,7 @@ from IPython.utils.process import arg_split
 
 from nbengine.engine import Engine
 from nbengine.errors import NbengineError
+from nbengine.jupyter.progress_line import progress_line
 from nbengine.kernels.diagnostics import CompileError
 from nbengine.llm import LLM
 
@@ -36,8 +38,11 @@ def magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
             if words and words[0] in ("-h", "--help"):
                 print(parser.format_help())
                 return None
+            shown = progress_line(self.shell) if self.tells_progress else nullcontext()
             try:
-                return method(self, parser.parse_args(words), cell)
+                arguments = parser.parse_args(words)
+                with shown:
+                    return method(self, arguments, cell)
             except CompileError:
                 raise
             except NbengineError as error:
@@ -78,6 +83,8 @@ class EngineMagics(Magics):
 
     option_values: ClassVar[dict[str, tuple[str, ...]]] = {}
     """What an option's value may be, for completion."""
+    tells_progress: ClassVar[bool] = False
+    """They take seconds, and show meanwhile what is being done."""
 
     @property
     def _names(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from nbengine.kernels.emulator.listeners import (
 from nbengine.kernels.emulator.places import Place, Places
 from nbengine.kernels.program import MAX_SHARED_BYTES, MAX_THREADS, Kernel, Program
 from nbengine.kernels.source import Source, launch_bound
+from nbengine.progress import doing
 
 __all__ = [
     "Counters",
@@ -85,9 +86,10 @@ class EmulatedKernel(Kernel):
         self.counters: Counters | None = None
         self._source = source
         self._listeners = _CHECKS * checks | _COUNTERS * counters
-        self._library = build.compile_kernel(
-            source, expression, bool(self._listeners), whole_accesses=counters
-        )
+        with doing(f"compiling {expression}"):
+            self._library = build.compile_kernel(
+                source, expression, bool(self._listeners), whole_accesses=counters
+            )
         self.max_threads = launch_bound(source, expression) or MAX_THREADS
         self.max_shared_bytes = MAX_SHARED_BYTES - self._library.static_bytes
         self._places = Places(self._library.path, source)
