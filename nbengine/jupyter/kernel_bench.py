@@ -29,7 +29,11 @@ from nbengine.kernels.watch import watch
 
 _OP = argument("op", help="which; %%nb_kernels lists them")
 _CASE = argument(
-    "--case", type=quotable, metavar="TEXT", help="only calls of the grid with this in their names"
+    "--case",
+    type=quotable,
+    metavar="PART",
+    help="only calls of the grid with this in their names, which are dtype, sizes and what is "
+    "particular, joined by dashes: float16, 1x64, float32-1x64",
 )
 _ARCH = argument(
     "--arch",
@@ -79,7 +83,7 @@ class KernelMagics(EngineMagics):
                 body = source.text.removeprefix(f"// %%nb_kernel {args.op}\n").rstrip("\n")
                 self.shell.set_next_input(f"%%nb_kernel {args.op}\n{body}")
                 return None
-            return contract(args.op, source)
+            return contract(args.op, source, args.case)
         op_named(args.op)
         return try_kernel(
             args.op,

@@ -43,9 +43,10 @@ class PlannedLaunch:
 
     def __str__(self) -> str:
         shared = f", {self.shared_bytes:,} bytes of shared memory" if self.shared_bytes else ""
+        num_blocks = math.prod(self.grid)
         return (
-            f"{self.kernel} with {math.prod(self.grid):,} blocks of {self.num_threads} threads"
-            f"{shared}"
+            f"{self.kernel} with {num_blocks:,} block{'s' * (num_blocks != 1)} of "
+            f"{self.num_threads} thread{'s' * (self.num_threads != 1)}{shared}"
         )
 
 
@@ -61,7 +62,7 @@ def planned(
         ValueError, LaunchError: what a launch of these arguments would raise.
     """
     plan = _Plan(source, _device_of(arguments), architecture)
-    op.launch(plan, **arguments)
+    op.launch_on(plan, arguments)
     return tuple(plan.launches)
 
 

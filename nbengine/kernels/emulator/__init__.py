@@ -231,8 +231,9 @@ class EmulatedKernel(Kernel):
             for parameter, argument in zip(self.parameters, arguments, strict=True)
             if parameter.is_pointer and (argument is None or argument.data_ptr() == 0)
         ]
-        if address < 1 << 20 and null:
-            return f"address {address:#x} ({', '.join(null)} is null)"
+        if address < 1 << 20:
+            given = f"; of the arguments, {', '.join(null)} is null here" if null else ""
+            return f"address {address:#x} (a null pointer{given})"
 
         def distance(tensor: torch.Tensor) -> int:
             begin = tensor.data_ptr()
