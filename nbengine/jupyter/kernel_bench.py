@@ -20,7 +20,7 @@ from nbengine.kernel_survey import RooflinePlot, Survey, survey
 from nbengine.kernel_trial import Trial, compiled_now, source_now, try_kernel
 from nbengine.kernels.cell import cell_source
 from nbengine.kernels.contract import Contract, contract
-from nbengine.kernels.implementation import op_named, short_name
+from nbengine.kernels.implementation import Implementation, op_named, short_name
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.report import LIMITS
 from nbengine.kernels.roofline import PUBLISHED
@@ -146,12 +146,16 @@ class KernelMagics(EngineMagics):
     @magic(
         line_magic, argument("op", nargs="?", help="which; without one, every op that was swapped")
     )
-    def nb_restore(self, args: argparse.Namespace, _: str | None) -> Implementations:
+    def nb_restore(
+        self, args: argparse.Namespace, _: str | None
+    ) -> Implementation | Implementations:
         """Put the engine's own kernel of an op back in its place, or those of all ops."""
         kernels = self._engine.kernels
-        swapped = [row.op.name for row in kernels.implementations if not row.is_own]
-        for op in swapped if args.op is None else [args.op]:
-            kernels.restore(op)
+        if args.op is not None:
+            return kernels.restore(args.op)
+        for row in kernels.implementations:
+            if not row.is_own:
+                kernels.restore(row.op.name)
         return kernels.implementations
 
     @magic(

@@ -103,7 +103,17 @@ def test_of_many_errors_the_first_are_drawn_and_the_rest_counted() -> None:
     shown = str(CompileError("t.cu does not compile", errors, {"t.cu": "x\n"}))
     assert f"error {SHOWN - 1}" in shown
     assert f"error {SHOWN}\n" not in shown
-    assert "and 5 more errors" in shown
+    assert shown.endswith("... and 5 more errors, which may follow from these (all: .log)")
+    assert shown.index("error 0") < shown.index("error 1") < shown.index("error 2")
+
+
+def test_html_too_shows_the_first_errors_and_no_warnings_in_their_place() -> None:
+    warnings = [Diagnostic("t.cu", 1, 1, "warning", f"odd {n}") for n in range(SHOWN)]
+    errors = [Diagnostic("t.cu", 1, 1, "error", f"wrong {n}") for n in range(SHOWN + 1)]
+    html = CompileError("t.cu", [*warnings, *errors], {"t.cu": "x\n"})._repr_html_()
+    assert "wrong 0" in html and f"wrong {SHOWN - 1}" in html
+    assert "odd" not in html and f"wrong {SHOWN}" not in html
+    assert "and 1 more error, which" in html
 
 
 def test_a_log_that_nobody_understands_is_shown_as_it_is() -> None:
