@@ -166,6 +166,8 @@ def try_kernel(
     cases = found.cases_named(case)
     _check_architecture(architecture)
     ops, why_none = _ops_of(engine)
+    if swap and engine is None:
+        why_none += " (in a notebook %nb_load MODEL; on a CPU with --kernels emulated)"
     if swap and ops is None:
         raise InvalidField("swap", swap, f"there is nothing to swap it into: {why_none}")
     if swap and case is not None:

@@ -7,7 +7,7 @@ the kernels that its launch asks a source for, with the parameters that they tak
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 
 import torch
@@ -61,17 +61,16 @@ class Contract:
             f"writes {', '.join(self.op.outputs)}, and changes no other argument",
             f"agrees with the reference on {num_cases} calls of the op's grid, within the tolerance",
             f"is launched, for the call {self.call}:",
-            *(f"  {self._named(launch)}" for launch in self.launches),
+            *(f"  {self._named(launch)}\n    with {launch.size}" for launch in self.launches),
             "where the op is called with:",
             *(f"  {name}: {value}" for name, value in self.arguments.items()),
         ]
 
     def _named(self, launch: PlannedLaunch) -> str:
-        """With the names that the source has for its template parameters."""
+        """The kernel, with the names that the source has for its template parameters."""
         named = template_arguments(self.source, launch.kernel)
         arguments = ", ".join(f"{name}={value}" for name, value in named.items())
-        kernel = launch.kernel.partition("<")[0] + (f"<{arguments}>" if arguments else "")
-        return str(replace(launch, kernel=kernel))
+        return launch.kernel.partition("<")[0] + (f"<{arguments}>" if arguments else "")
 
     def _kernels(self) -> str:
         return "\n".join(

@@ -16,8 +16,8 @@ from pathlib import Path
 from nbengine.errors import NbengineError
 
 SHOWN = 3
-"""At most so many errors are drawn, in the compiler's order: the first ones matter, and of a long
-output JupyterLab shows the end."""
+"""At most so many errors are drawn, in the compiler's order and each message once: the first ones
+matter, and of a long output JupyterLab shows the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,25 @@ class CompileError(NbengineError, ValueError):
         super().__init__(self._shown(colour=False))
 
     def _shown(self, colour: bool) -> str:
-        drawn = [draw(d, self._texts, colour) for d in self._errors[:SHOWN]]
+        drawn = [draw(d, self._texts, colour) for d in self._first]
         return "\n\n".join([self.title, *(drawn or [self.log.strip()]), *self._more()])
 
     @property
     def _errors(self) -> list[Diagnostic]:
         return [d for d in self.diagnostics if d.severity == "error"]
 
+    @property
+    def _first(self) -> list[Diagnostic]:
+        """Those that are drawn."""
+        by_message: dict[str, Diagnostic] = {}
+        for error in self._errors:
+            by_message.setdefault(error.message, error)
+        return list(by_message.values())[:SHOWN]
+
     def _more(self) -> list[str]:
-        """A line on the errors that are not drawn."""
-        num = len(self._errors) - SHOWN
-        if num <= 0:
+        """A line on the errors that are not."""
+        num = len(self._errors) - len(self._first)
+        if not num:
             return []
         return [
             f"... and {num} more error{'s' * (num > 1)}, which may follow from these (all: .log)"
@@ -79,7 +87,7 @@ class CompileError(NbengineError, ValueError):
         return [*f"{_RED}CompileError{_PLAIN}: {self._shown(colour=True)}".splitlines()]
 
     def _repr_html_(self) -> str:
-        drawn = [draw_html(d, self._texts) for d in self._errors[:SHOWN]]
+        drawn = [draw_html(d, self._texts) for d in self._first]
         body = "\n\n".join([*(drawn or [html.escape(self.log.strip())]), *self._more()])
         return f"<div><b>{html.escape(self.title)}</b><pre>{body}</pre></div>"
 

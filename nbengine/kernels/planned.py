@@ -41,13 +41,18 @@ class PlannedLaunch:
         """Of a block."""
         return math.prod(self.block)
 
-    def __str__(self) -> str:
+    @property
+    def size(self) -> str:
+        """In words."""
         shared = f", {self.shared_bytes:,} bytes of shared memory" if self.shared_bytes else ""
         num_blocks = math.prod(self.grid)
         return (
-            f"{self.kernel} with {num_blocks:,} block{'s' * (num_blocks != 1)} of "
+            f"{num_blocks:,} block{'s' * (num_blocks != 1)} of "
             f"{self.num_threads} thread{'s' * (self.num_threads != 1)}{shared}"
         )
+
+    def __str__(self) -> str:
+        return f"{self.kernel} with {self.size}"
 
 
 def planned(

@@ -94,15 +94,15 @@ def test_without_cuda_c_it_says_what_a_kernel_must_do(notebook: Notebook) -> Non
         assert "is launched, for the call bfloat16-1x64:" in shown
         assert "x: [1, 64] bfloat16" in shown
     assert (
-        "rms_norm<T=__nv_bfloat16, kSize=64, kLanes=8, kRows=16, kResidual=false> with 1 block of "
-        "128 threads"
+        "  rms_norm<T=__nv_bfloat16, kSize=64, kLanes=8, kRows=16, kResidual=false>\n"
+        "    with 1 block of 128 threads\n"
     ) in str(contract)
 
 
 def test_the_call_that_a_contract_shows_can_be_chosen(notebook: Notebook) -> None:
     contract = notebook.value("%nb_kernel rms_norm --case float32-3x576")
     assert contract.call == "float32-3x576"
-    assert "kSize=576, kLanes=160, kRows=1, kResidual=false> with 3 blocks of" in str(contract)
+    assert "kSize=576, kLanes=160, kRows=1, kResidual=false>\n    with 3 blocks of" in str(contract)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -107,6 +107,17 @@ def test_of_many_errors_the_first_are_drawn_and_the_rest_counted() -> None:
     assert shown.index("error 0") < shown.index("error 1") < shown.index("error 2")
 
 
+def test_a_message_is_drawn_once_where_it_stands_first() -> None:
+    places = [("no n", 1), ("no n", 2), ("no n", 3), ("no n", 4), ("no f", 5)]
+    errors = [Diagnostic("t.cu", line, 1, "error", message) for message, line in places]
+    shown = str(CompileError("t.cu does not compile", errors, {}))
+    assert shown.splitlines()[2::2] == [
+        "t.cu:1:1: error: no n",
+        "t.cu:5:1: error: no f",
+        "... and 3 more errors, which may follow from these (all: .log)",
+    ]
+
+
 def test_html_too_shows_the_first_errors_and_no_warnings_in_their_place() -> None:
     warnings = [Diagnostic("t.cu", 1, 1, "warning", f"odd {n}") for n in range(SHOWN)]
     errors = [Diagnostic("t.cu", 1, 1, "error", f"wrong {n}") for n in range(SHOWN + 1)]
