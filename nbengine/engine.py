@@ -705,8 +705,9 @@ class Engine:
             raise InvalidField(
                 "kernels",
                 self.config.kernels,
-                "this engine has no ops to look at or to swap. Start it with kernels='cuda' on a GPU, "
-                "or kernels='emulated' to have the same run on this machine's CPU, slowly",
+                "this engine has no ops to look at or to swap. One on a GPU has, with kernels='cuda'; "
+                "on this machine's CPU, slowly, Engine(..., kernels='emulated'), which in a notebook is "
+                f"%nb_load {self.config.model} --kernels emulated",
             )
         return EngineKernels(self, table)
 

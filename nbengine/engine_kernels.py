@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
+
+from nbengine.progress import say
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +67,7 @@ class EngineKernels:
         op = candidate.checked.op.name
         on_grid = verify_implementation(candidate.checked, self.device, cases)
         return self.between_steps(
-            lambda: verify_live(candidate.checked, self._engine._live_calls(op)[op], on_grid)
+            lambda: verify_live(candidate.checked, self._called(op)[op], on_grid)
         )
 
     def put(self, candidate: Candidate, verified: Verified) -> Swapped:
@@ -96,7 +100,7 @@ class EngineKernels:
         Raises:
             UnknownStep: the history does not reach that step.
         """
-        return self.between_steps(lambda: self._engine._live_calls(*ops, step=step))
+        return self.between_steps(lambda: self._called(*ops, step=step))
 
     def survey(self, gpu: str | None = None, *, step: int | None = None) -> Survey:
         """What each op costs at the engine's batch, or in step `step`: bytes, operations, and on a
@@ -133,9 +137,7 @@ class EngineKernels:
         runs = self.implementation(op)
         if runs.source is None:
             raise InvalidField("op", op, f"{runs} runs it, which has no CUDA C to watch")
-        calls, tables = self.between_steps(
-            lambda: (self._engine._live_calls(op)[op], self._tables())
-        )
+        calls, tables = self.between_steps(lambda: (self._called(op)[op], self._tables()))
         if not calls:
             raise InvalidField("op", op, "a step of the engine's batch does not call it")
         # Of a live call the KV blocks are kept that it uses, in the order of their numbers.
@@ -156,7 +158,14 @@ class EngineKernels:
 
     def between_steps(self, command: Callable[[], T]) -> T:
         """Run `command` on the engine's thread while no step is computed, and return its result."""
-        return self._engine._call(command)
+        say("waiting for the engine's step to end")
+        return self._engine._call(partial(contextvars.copy_context().run, command))
+
+    def _called(self, *ops: str, step: int | None = None) -> dict[str, list[Arguments]]:
+        """`live_calls`, on the engine's thread."""
+        what = "a step of the engine's batch" if step is None else f"step {step}"
+        say(f"looking at {what}")
+        return self._engine._live_calls(*ops, step=step)
 
     def __repr__(self) -> str:
         return repr(self._table.implementations)

@@ -3,7 +3,8 @@
 One call compiles CUDA C in an op's place, verifies it against the reference (on the op's grid and,
 with an engine, on the live KV cache), accounts for registers, shared memory and occupancy, measures
 it against what runs the op now and against the roofline, and, if asked, swaps it in. `%%nb_kernel`
-shows what it returns; a script calls it as well. What can't be had on this machine is said in
+shows what it returns; a script calls it as well (inside `progress_to(print)` it tells how far it
+is). What can't be had on this machine is said in
 `Trial.notes`, one line each, and never left out silently.
 """
 
@@ -39,6 +40,7 @@ from nbengine.kernels.table import Swapped
 from nbengine.kernels.timing import collect
 from nbengine.kernels.toolchain import ToolchainMissing
 from nbengine.kernels.verification import Verified, verify_implementation
+from nbengine.progress import say
 
 if TYPE_CHECKING:
     from nbengine.engine import Engine
@@ -146,7 +148,8 @@ def try_kernel(
         engine: whose live calls it must agree on, and whose version it is compared to.
         swap: put it into the engine once it has agreed on the whole grid and on live tensors.
         emulate: verify it on this machine's CPU, with every check, whatever the engine runs on.
-        case: only the calls of the op's grid whose names contain this; for a quick try.
+        case: only the calls of the op's grid with this part in their names (`float16`, `1x64`); for
+            a quick try.
         architecture: to account for resources (`sm_80`); default: this GPU's, or sm_90.
         measured: time it, on a GPU.
 
@@ -160,15 +163,18 @@ def try_kernel(
     source = with_text_read(found, what)
     if not isinstance(source, Source):
         raise InvalidField("what", what, "a trial is of CUDA C: give its text, or a path")
-    cases = _cases(found, case)
+    cases = found.cases_named(case)
     _check_architecture(architecture)
-    ops, notes = _ops_of(engine)
+    ops, why_none = _ops_of(engine)
+    if swap and engine is None:
+        why_none += " (in a notebook %nb_load MODEL; on a CPU with --kernels emulated)"
     if swap and ops is None:
-        raise InvalidField("swap", swap, f"there is nothing to swap it into: {notes[0]}")
+        raise InvalidField("swap", swap, f"there is nothing to swap it into: {why_none}")
     if swap and case is not None:
         raise InvalidField("case", case, "what is swapped in must agree on the whole grid")
     on = torch.device("cpu") if emulate else ops.device if ops else kernel_device(None)
 
+    notes = [] if ops else [f"verified on the op's grid alone: {why_none}"]
     live = ops.live_calls(op)[op] if ops else []
     call, arguments = _shown_call(found, cases, live, on)
     reports = _resources(found, source, arguments, architecture, notes)
@@ -209,22 +215,14 @@ def try_kernel(
     )
 
 
-def _ops_of(engine: Engine | None) -> tuple[EngineKernels | None, list[str]]:
-    """An engine's ops; or None, and a note that says why."""
+def _ops_of(engine: Engine | None) -> tuple[EngineKernels | None, str]:
+    """An engine's ops; or None, and why."""
     if engine is None:
-        return None, ["no engine is loaded: verified on the op's grid alone"]
+        return None, "no engine is loaded"
     try:
-        return engine.kernels, []
+        return engine.kernels, ""
     except InvalidField as error:
-        return None, [f"verified on the op's grid alone: {error.problem}"]
-
-
-def _cases(op: Op, named: str | None) -> list[Case]:
-    cases = [case for case in op.cases() if named is None or named in case.name]
-    if not cases:
-        names = ", ".join(case.name for case in op.cases())
-        raise InvalidField("case", named, f"{op.name} has no such call; it has {names}")
-    return cases
+        return None, error.problem
 
 
 def _shown_call(
@@ -265,6 +263,7 @@ def _architecture() -> str:
 
 
 def _counted(op: Op, source: Source, current: Implementation, arguments: Arguments) -> Counted:
+    say("counting what it reads and writes")
     ran = current.source
     before = None if ran is None else counters(op, ran, arguments)
     return Counted(counters(op, source, arguments), before)
@@ -274,7 +273,7 @@ def counters(op: Op, source: Source, arguments: Arguments) -> Counters:
     """The emulator's counters of one call, which changes nothing of `arguments`: summed over the
     kernels that it launches, of each its last launch."""
     program = EmulatedProgram(source, counters=True)
-    op.launch(program, **cloned(arguments))
+    op.launch_on(program, cloned(arguments))
     counted = [kernel.counters for kernel in program.kernels if isinstance(kernel, EmulatedKernel)]
     return Counters(
         *(sum(getattr(each, field.name) for each in counted) for field in fields(Counters))
@@ -339,7 +338,7 @@ def compiled_now(
     _check_architecture(architecture)
     source, found = source_now(op, engine), op_named(op)
     ops, _ = _ops_of(engine)
-    cases = _cases(found, case)
+    cases = found.cases_named(case)
     live = ops.live_calls(op)[op] if ops and case is None else []
     on = ops.device if ops else torch.device("cpu")
     _, arguments = _shown_call(found, cases, live, on)

@@ -11,17 +11,18 @@ import torch
 from nbengine import Engine, SamplingParams, kernel_trial
 from nbengine.errors import InvalidField, NotEnoughMemory
 from nbengine.kernel_trial import compiled_now, counters, source_now, try_kernel
-from nbengine.kernels import CompileError, Source, compiler
+from nbengine.kernels import CompileError, LaunchError, Source, compiler
 from nbengine.kernels.cell import cell_source
 from nbengine.kernels.emulator import EmulatedProgram, EmulationError
 from nbengine.kernels.implementation import Implementation, implement
-from nbengine.kernels.lab import Measurement, Mismatch
+from nbengine.kernels.lab import Measurement, Mismatch, verify
 from nbengine.kernels.op import Case, Cost
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.planned import planned
 from nbengine.kernels.roofline import Roofline
 from nbengine.kernels.source import CUDA_ROOT
 from nbengine.kernels.timing import Timing
+from nbengine.progress import progress_to
 from tests.gpu import needs_gpu
 from tests.tiny_models import save_reference
 
@@ -127,7 +128,7 @@ def test_without_engine_and_gpu_it_says_what_is_missing_and_gives_the_rest() -> 
     assert trial.counted is not None and trial.counted.new == trial.counted.current
     assert (trial.benched, trial.swapped) == (None, None)
     assert trial.notes == (
-        "no engine is loaded: verified on the op's grid alone",
+        "verified on the op's grid alone: no engine is loaded",
         "no GPU here: not timed, because the emulator's time says nothing about a GPU's",
     )
     for shown in (str(trial), trial._repr_html_()):
@@ -135,6 +136,58 @@ def test_without_engine_and_gpu_it_says_what_is_missing_and_gives_the_rest() -> 
         assert "no GPU here" in shown
         assert "occupancy" in shown
         assert "sectors read" in shown
+
+
+def test_a_case_is_chosen_by_whole_parts_of_its_name() -> None:
+    def names(part: str | None) -> list[str]:
+        return [case.name for case in OPS["rms_norm"].cases_named(part)]
+
+    assert names("float32-1x64") == ["float32-1x64", "float32-1x64-residual"]
+    assert names("1x64-residual") == [
+        f"{dtype}-1x64-residual" for dtype in ("float32", "float16", "bfloat16")
+    ]
+    assert names("float16") and not [n for n in names("float16") if n.startswith("bfloat16")]
+    assert len(names("float32")) + len(names("float16")) + len(names("bfloat16")) == len(
+        names(None)
+    )
+    for part in ("float3", "x64", "residua", ""):
+        with pytest.raises(InvalidField, match="has this as a part between the dashes"):
+            names(part)
+
+
+OTHERS = """
+template <typename T, int kSize, int kLanes, int kRows, bool kResidual>
+__global__ void rms_norm({}) {{}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        ("T* out, const T* x", "takes 2 arguments (float* out, float* x), not 9"),
+        (
+            "T* a, T* b, T* c, float* d, int e, int f, long long g, long long h, int eps",
+            "eps is of type int, not a float (1e-05)",
+        ),
+    ],
+)
+def test_a_kernel_with_other_parameters_is_told_which_are_given(
+    parameters: str, problem: str
+) -> None:
+    other = OTHERS.format(parameters)
+    wanted = (
+        "A kernel in the place of rms_norm is given 9: float* out, float* x, float* residual, "
+        "float* weight, int num_rows, int num_sets, long long x_stride, long long out_stride, "
+        "float eps"
+    )
+    tried = (
+        lambda: try_kernel("rms_norm", other, case="float32-1x64"),
+        lambda: verify("rms_norm", other, OPS["rms_norm"].cases_named("float32-1x64")),
+    )
+    for attempt in tried:
+        with pytest.raises(LaunchError) as raised:
+            attempt()
+        assert str(raised.value).endswith(f"{problem}. {wanted}")
 
 
 def test_counters_tell_two_kernels_apart_by_what_they_ask_of_the_memory() -> None:
@@ -158,7 +211,7 @@ def test_a_wrong_kernel_is_refused_with_its_first_wrong_element() -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"case": "no such"}, "rms_norm has no such call; it has float32-1x64"),
+        ({"case": "no such"}, "no call of rms_norm has this .*; there are float32-1x64"),
         ({"architecture": "sm_12"}, "NVRTC compiles for sm_"),
         ({"swap": True}, "nothing to swap it into: no engine is loaded"),
     ],
@@ -221,6 +274,34 @@ def test_a_kernel_agrees_on_live_tensors_goes_in_and_the_requests_go_on(
     assert engine.output("req-0").outputs[0].token_ids == expected
 
 
+def test_a_swap_tells_what_it_does_on_whichever_thread(engine: Engine) -> None:
+    told: list[str] = []
+    with progress_to(told.append):
+        engine.kernels.swap("rms_norm", RMS_NORM)
+    once = list(dict.fromkeys(words.partition(";")[0] for words in told))
+    num_calls = len(list(OPS["rms_norm"].cases()))
+    assert once == [
+        *(
+            f"verifying rms_norm on its grid: {n} of {num_calls} calls"
+            for n in range(1, num_calls + 1)
+        ),
+        "waiting for the engine's step to end",
+        "looking at a step of the engine's batch",
+        "verifying rms_norm on live tensors: call 1",
+        "verifying rms_norm on live tensors: call 2",
+    ]
+    assert "compiling rms_norm<float, 64, 16, 8, true>" in " ".join(told)
+
+
+def test_a_trial_tells_what_it_compiles_and_that_it_counts(engine: Engine) -> None:
+    told: list[str] = []
+    fresh = f"{RMS_NORM}// {torch.rand(1).item()}\n"  # which no cache knows
+    with progress_to(told.append):
+        try_kernel("rms_norm", fresh, engine, case="float32-1x64", architecture="sm_80")
+    assert "compiling rms_norm<float, 64, 16, 8, true> for sm_80" in " ".join(told)
+    assert "counting what it reads and writes" in told
+
+
 def test_what_is_wrong_on_the_live_cache_alone_stays_out(engine: Engine) -> None:
     """It is right for every call of the grid: none has the eps of the model."""
     wrong = RMS_NORM.replace("scale * weights", "(eps == 2e-5f ? 2.0f : 1.0f) * scale * weights")
@@ -240,7 +321,14 @@ def test_a_swap_wants_the_whole_grid(engine: Engine) -> None:
 def test_an_engine_without_ops_is_said_to_have_none(model: Path) -> None:
     with engine_of(model, "torch") as plain:
         trial = try_kernel("rms_norm", RMS_NORM, plain, case="float32-1x64", emulate=True)
+        with pytest.raises(InvalidField) as refused:
+            try_kernel("rms_norm", RMS_NORM, plain, swap=True)
     assert trial.notes[0].startswith("verified on the op's grid alone: this engine has no ops")
+    assert "there is nothing to swap it into: this engine has no ops" in str(refused.value)
+    assert "verified" not in str(refused.value), "nothing was"
+    for said in (trial.notes[0], str(refused.value)):
+        assert "Engine(..., kernels='emulated')" in said
+        assert f"%nb_load {model} --kernels emulated" in said
 
 
 def test_ptx_and_code_are_of_what_runs_the_op_now(engine: Engine) -> None:

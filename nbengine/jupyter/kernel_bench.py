@@ -20,7 +20,7 @@ from nbengine.kernel_survey import RooflinePlot, Survey, survey
 from nbengine.kernel_trial import Trial, compiled_now, source_now, try_kernel
 from nbengine.kernels.cell import cell_source
 from nbengine.kernels.contract import Contract, contract
-from nbengine.kernels.implementation import op_named, short_name
+from nbengine.kernels.implementation import Implementation, op_named, short_name
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.report import LIMITS
 from nbengine.kernels.roofline import PUBLISHED
@@ -29,7 +29,11 @@ from nbengine.kernels.watch import watch
 
 _OP = argument("op", help="which; %%nb_kernels lists them")
 _CASE = argument(
-    "--case", type=quotable, metavar="TEXT", help="only calls of the grid with this in their names"
+    "--case",
+    type=quotable,
+    metavar="PART",
+    help="only calls of the grid with this in their names, which are dtype, sizes and what is "
+    "particular, joined by dashes: float16, 1x64, float32-1x64",
 )
 _ARCH = argument(
     "--arch",
@@ -51,6 +55,7 @@ def _three(text: str) -> tuple[int, int, int]:
 class KernelMagics(EngineMagics):
     """Kernels: tried, looked at, swapped."""
 
+    tells_progress = True
     option_values: ClassVar = {"--arch": tuple(LIMITS), "--gpu": tuple(PUBLISHED)}
 
     @magic(
@@ -78,7 +83,7 @@ class KernelMagics(EngineMagics):
                 body = source.text.removeprefix(f"// %%nb_kernel {args.op}\n").rstrip("\n")
                 self.shell.set_next_input(f"%%nb_kernel {args.op}\n{body}")
                 return None
-            return contract(args.op, source)
+            return contract(args.op, source, args.case)
         op_named(args.op)
         return try_kernel(
             args.op,
@@ -141,12 +146,16 @@ class KernelMagics(EngineMagics):
     @magic(
         line_magic, argument("op", nargs="?", help="which; without one, every op that was swapped")
     )
-    def nb_restore(self, args: argparse.Namespace, _: str | None) -> Implementations:
+    def nb_restore(
+        self, args: argparse.Namespace, _: str | None
+    ) -> Implementation | Implementations:
         """Put the engine's own kernel of an op back in its place, or those of all ops."""
         kernels = self._engine.kernels
-        swapped = [row.op.name for row in kernels.implementations if not row.is_own]
-        for op in swapped if args.op is None else [args.op]:
-            kernels.restore(op)
+        if args.op is not None:
+            return kernels.restore(args.op)
+        for row in kernels.implementations:
+            if not row.is_own:
+                kernels.restore(row.op.name)
         return kernels.implementations
 
     @magic(

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import functools
+import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from IPython.core.error import TryNext, UsageError
-from IPython.core.magic import Magics
-from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.core.magic import Magics, line_magic
+from IPython.core.magic_arguments import argument, kwds, magic_arguments
 from IPython.utils.process import arg_split
 
 from nbengine.engine import Engine
 from nbengine.errors import NbengineError
+from nbengine.jupyter.progress_line import progress_line
 from nbengine.kernels.diagnostics import CompileError
 from nbengine.llm import LLM
 
@@ -36,8 +40,11 @@ def magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
             if words and words[0] in ("-h", "--help"):
                 print(parser.format_help())
                 return None
+            shown = progress_line(self.shell) if self.tells_progress else nullcontext()
             try:
-                return method(self, parser.parse_args(words), cell)
+                arguments = _parsed(parser, words)
+                with shown:
+                    return method(self, arguments, cell)
             except CompileError:
                 raise
             except NbengineError as error:
@@ -45,11 +52,36 @@ def magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
 
         for option in reversed((*options, _HELP)):
             option(run)
-        magic_arguments()(run)
+        kwds(formatter_class=_HelpFormatter, description=inspect.getdoc(method))(run)
+        escape = "%" if kind is line_magic else "%%"
+        magic_arguments(f"{escape}{method.__name__}")(run)
         parser = run.parser  # type: ignore[attr-defined]  # set by magic_arguments
         return kind(run)
 
     return decorate
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Text as it is read. IPython's own formatter writes for a converter to reStructuredText."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = "") -> None:
+        super().add_usage(usage, actions, groups, prefix)
+
+
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Raises `UsageError`; of an option that there is not, with the one that was meant."""
+    arguments, unknown = parser.parse_known_args(words)
+    if not unknown:
+        return arguments
+    options = [option for action in parser._actions for option in action.option_strings]
+    said = [
+        f"{word} (did you mean {close[0]}?)"
+        if word.startswith("-")
+        and (close := difflib.get_close_matches(word.partition("=")[0], options, n=1))
+        else word
+        for word in unknown
+    ]
+    raise UsageError(f"unrecognized arguments: {' '.join(said)}")
 
 
 _HELP = argument("-h", "--help", action="store_true", help="show this")
@@ -78,6 +110,8 @@ class EngineMagics(Magics):
 
     option_values: ClassVar[dict[str, tuple[str, ...]]] = {}
     """What an option's value may be, for completion."""
+    tells_progress: ClassVar[bool] = False
+    """They take seconds, and show meanwhile what is being done."""
 
     @property
     def _names(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from nbengine.kernels.timing import (
     rotating,
     time_alternately,
 )
+from nbengine.progress import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ def measure(
     seed: int = 0,
 ) -> Measurement:
     """One shape. All of its memory is given back."""
+    say(f"measuring {new.op.name}: {case.name}")
     arguments = case.make(torch.Generator(device).manual_seed(seed))
     cost = new.op.cost_of(arguments)
     sets = rotating(arguments, cost.bytes_moved, device)

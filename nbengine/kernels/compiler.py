@@ -34,6 +34,7 @@ from nbengine.kernels.report import (
 )
 from nbengine.kernels.source import INCLUDE_ROOT, Source, declared_at, included
 from nbengine.kernels.toolchain import ToolchainMissing, headers_identity, nvidia_headers
+from nbengine.progress import doing
 
 OPTIONS = (
     "--std=c++17",
@@ -111,7 +112,8 @@ def compile(
     path = cubin_folder() / f"{_key(source, expression, options)}.cubin"
     found = _read(path)
     if found is None:
-        found = _compile(source, expression, architecture, options)
+        with doing(f"compiling {expression} for {architecture}"):
+            found = _compile(source, expression, architecture, options)
         _write(path, found)
     return found
 

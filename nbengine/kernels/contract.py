@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from html import escape
 
 import torch
+from torch import Tensor
 
+from nbengine.errors import shown
 from nbengine.kernels.implementation import op_named, short_name
 from nbengine.kernels.op import Op
 from nbengine.kernels.planned import PlannedLaunch, planned
-from nbengine.kernels.source import Source
+from nbengine.kernels.source import Source, template_arguments
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -27,6 +29,8 @@ class Contract:
     """What runs the op now: a cell to begin from."""
     call: str
     """The call of the grid whose launches are shown."""
+    arguments: dict[str, str]
+    """Of that call, in words: tensors by shape and dtype."""
     launches: tuple[PlannedLaunch, ...]
 
     @property
@@ -57,8 +61,16 @@ class Contract:
             f"writes {', '.join(self.op.outputs)}, and changes no other argument",
             f"agrees with the reference on {num_cases} calls of the op's grid, within the tolerance",
             f"is launched, for the call {self.call}:",
-            *(f"  {launch}" for launch in self.launches),
+            *(f"  {self._named(launch)}\n    with {launch.size}" for launch in self.launches),
+            "where the op is called with:",
+            *(f"  {name}: {value}" for name, value in self.arguments.items()),
         ]
+
+    def _named(self, launch: PlannedLaunch) -> str:
+        """The kernel, with the names that the source has for its template parameters."""
+        named = template_arguments(self.source, launch.kernel)
+        arguments = ", ".join(f"{name}={value}" for name, value in named.items())
+        return launch.kernel.partition("<")[0] + (f"<{arguments}>" if arguments else "")
 
     def _kernels(self) -> str:
         return "\n".join(
@@ -99,12 +111,21 @@ class Contract:
         )
 
 
-def contract(op: str | Op, source: Source | None = None) -> Contract:
+def contract(op: str | Op, source: Source | None = None, case: str | None = None) -> Contract:
     """What a kernel must do to take the op's place. `source` is what runs it now, if that is not
-    its own file. Raises `UnknownOp`."""
+    its own file; of the calls whose names have the part `case`, the first in bfloat16 is shown, or the
+    first. Raises `UnknownOp`, `InvalidField`."""
     found = op_named(op)
     source = source or Source.of_op(found.source)
-    cases = list(found.cases())
-    case = next((case for case in cases if case.name.startswith("bfloat16")), cases[0])
-    arguments = case.make(torch.Generator().manual_seed(0))
-    return Contract(found, source, case.name, planned(found, source, arguments))
+    cases = found.cases_named(case)
+    chosen = next((case for case in cases if case.name.startswith("bfloat16")), cases[0])
+    arguments = chosen.make(torch.Generator().manual_seed(0))
+    launches = planned(found, source, arguments)
+    words = {name: _described(value) for name, value in arguments.items()}
+    return Contract(found, source, chosen.name, words, launches)
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return shown(value)
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"

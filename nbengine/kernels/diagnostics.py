@@ -15,8 +15,9 @@ from pathlib import Path
 
 from nbengine.errors import NbengineError
 
-SHOWN = 10
-"""At most so many errors are drawn; the first ones matter, the rest follows from them."""
+SHOWN = 3
+"""At most so many errors are drawn, in the compiler's order and each message once: the first ones
+matter, and of a long output JupyterLab shows the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +58,37 @@ class CompileError(NbengineError, ValueError):
         super().__init__(self._shown(colour=False))
 
     def _shown(self, colour: bool) -> str:
-        errors = [d for d in self.diagnostics if d.severity == "error"]
-        drawn = "\n\n".join(draw(d, self._texts, colour) for d in errors[:SHOWN])
-        more = f"\n\n... and {len(errors) - SHOWN} more errors" if len(errors) > SHOWN else ""
-        return f"{self.title}\n\n{drawn or self.log.strip()}{more}"
+        drawn = [draw(d, self._texts, colour) for d in self._first]
+        return "\n\n".join([self.title, *(drawn or [self.log.strip()]), *self._more()])
+
+    @property
+    def _errors(self) -> list[Diagnostic]:
+        return [d for d in self.diagnostics if d.severity == "error"]
+
+    @property
+    def _first(self) -> list[Diagnostic]:
+        """Those that are drawn."""
+        by_message: dict[str, Diagnostic] = {}
+        for error in self._errors:
+            by_message.setdefault(error.message, error)
+        return list(by_message.values())[:SHOWN]
+
+    def _more(self) -> list[str]:
+        """A line on the errors that are not."""
+        num = len(self._errors) - len(self._first)
+        if not num:
+            return []
+        return [
+            f"... and {num} more error{'s' * (num > 1)}, which may follow from these (all: .log)"
+        ]
 
     def _render_traceback_(self) -> list[str]:
         """IPython shows this in place of a traceback: the fault is in the source, not in Python."""
         return [*f"{_RED}CompileError{_PLAIN}: {self._shown(colour=True)}".splitlines()]
 
     def _repr_html_(self) -> str:
-        drawn = "\n\n".join(draw_html(d, self._texts) for d in self.diagnostics[:SHOWN])
-        body = drawn or html.escape(self.log.strip())
+        drawn = [draw_html(d, self._texts) for d in self._first]
+        body = "\n\n".join([*(drawn or [html.escape(self.log.strip())]), *self._more()])
         return f"<div><b>{html.escape(self.title)}</b><pre>{body}</pre></div>"
 
 

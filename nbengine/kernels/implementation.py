@@ -118,7 +118,7 @@ def implement(
         return Implementation(op, "Python", _title(what), what)
     is_cuda = what.device.type == "cuda"
     language, origin = _language("cuda" if is_cuda else "emulated"), short_name(what.source.name)
-    call = _launching(op, what)
+    call = _launching_anothers(op, what)
     return Implementation(op, language, origin, call, is_capturable=is_cuda, source=what.source)
 
 
@@ -167,6 +167,13 @@ def _program(source: Source, device: torch.device, backend: Backend, checks: boo
 
 def _launching(op: Op, compiled: Program) -> Callable[..., None]:
     return functools.partial(op.launch, compiled)
+
+
+def _launching_anothers(op: Op, compiled: Program) -> Callable[..., None]:
+    def call(**arguments: Any) -> None:
+        op.launch_on(compiled, arguments)
+
+    return call
 
 
 def _language(backend: Backend) -> str:

@@ -6,6 +6,7 @@ from nbengine.kernels.roofline import Roofline, roofline
 from nbengine.kernels.timing import NeedsGpu, Timing
 from nbengine.kernels.verification import Mismatch, Verified, verify, verify_call
 from nbengine.kernels.watch import KernelTrace, watch
+from nbengine.progress import progress_to
 
 __all__ = [
     "Benched",
@@ -17,6 +18,7 @@ __all__ = [
     "Timing",
     "Verified",
     "bench",
+    "progress_to",
     "roofline",
     "verify",
     "verify_call",

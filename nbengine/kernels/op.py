@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+from nbengine.errors import InvalidField
+from nbengine.kernels.program import Program, UnfitArguments
+from nbengine.kernels.source import Source, parameters
+
 Arguments = dict[str, Any]
 """Of one call, by name: tensors, numbers, None."""
 
@@ -86,6 +90,36 @@ class Op:
     that the call uses, and a block table that names them. For `Kernels.record`."""
     alternatives: Mapping[str, str] = field(default_factory=dict)
     """Further implementations by name, each as `module:function`, imported when asked for."""
+
+    def launch_on(self, program: Program, arguments: Arguments) -> None:
+        """`launch` on a program that may be a user's own: the error for a kernel that takes other
+        arguments (`UnfitArguments`) lists those that it is given, as the op's own kernel takes them."""
+        try:
+            self.launch(program, **arguments)
+        except UnfitArguments as error:
+            own = Source.of_op(self.source)
+            if program.source.text == own.text:
+                raise
+            given = parameters(own, error.kernel)
+            raise UnfitArguments(
+                f"{error}. A kernel in the place of {self.name} is given {len(given)}: "
+                f"{', '.join(map(str, given))}",
+                error.kernel,
+            ) from None
+
+    def cases_named(self, part: str | None) -> list[Case]:
+        """The calls of the grid whose names have this among the parts that dashes separate, or these
+        several in a row: `float16`, `1x64-residual`. Without, all.
+
+        Raises:
+            InvalidField: there is none; the message lists those that there are.
+        """
+        found = [case for case in self.cases() if part is None or f"-{part}-" in f"-{case.name}-"]
+        if not found:
+            names = ", ".join(case.name for case in self.cases())
+            problem = f"no call of {self.name} has this as a part between the dashes of its name"
+            raise InvalidField("case", part, f"{problem}; there are {names}")
+        return found
 
     def cost_of(self, arguments: Arguments) -> Cost:
         """Of a call as an engine makes it, which leaves out what has a default."""

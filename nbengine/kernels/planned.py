@@ -41,12 +41,18 @@ class PlannedLaunch:
         """Of a block."""
         return math.prod(self.block)
 
-    def __str__(self) -> str:
+    @property
+    def size(self) -> str:
+        """In words."""
         shared = f", {self.shared_bytes:,} bytes of shared memory" if self.shared_bytes else ""
+        num_blocks = math.prod(self.grid)
         return (
-            f"{self.kernel} with {math.prod(self.grid):,} blocks of {self.num_threads} threads"
-            f"{shared}"
+            f"{num_blocks:,} block{'s' * (num_blocks != 1)} of "
+            f"{self.num_threads} thread{'s' * (self.num_threads != 1)}{shared}"
         )
+
+    def __str__(self) -> str:
+        return f"{self.kernel} with {self.size}"
 
 
 def planned(
@@ -61,7 +67,7 @@ def planned(
         ValueError, LaunchError: what a launch of these arguments would raise.
     """
     plan = _Plan(source, _device_of(arguments), architecture)
-    op.launch(plan, **arguments)
+    op.launch_on(plan, arguments)
     return tuple(plan.launches)
 
 

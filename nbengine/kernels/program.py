@@ -68,6 +68,15 @@ def kernel_device(device: torch.device | str | None) -> torch.device:
     return found
 
 
+class UnfitArguments(LaunchError):
+    """What is wrong is the arguments, for the kernel's parameters: their number, or one of them."""
+
+    def __init__(self, message: str, kernel: str) -> None:
+        super().__init__(message)
+        self.kernel = kernel
+        """With its template arguments."""
+
+
 class Program(ABC):
     """A source on a device. Kernels are compiled once and kept."""
 
@@ -138,19 +147,19 @@ class Kernel(ABC):
         """Run it on arguments that were checked, and a grid that is not empty."""
 
     def check(self, arguments: tuple[Any, ...]) -> None:
-        """Raises `LaunchError` naming the first argument that does not fit its parameter."""
+        """Raises `UnfitArguments` naming the first argument that does not fit its parameter."""
         if len(arguments) != len(self.parameters):
-            names = ", ".join(f"{p.c_type} {p.name}" for p in self.parameters)
-            raise LaunchError(
-                f"{self.name} takes {len(self.parameters)} arguments ({names}), not "
-                f"{len(arguments)}"
+            raise UnfitArguments(
+                f"{self.name} takes {len(self.parameters)} arguments "
+                f"({', '.join(map(str, self.parameters))}), not {len(arguments)}",
+                self.name,
             )
         for check, argument, parameter in zip(
             self._checks, arguments, self.parameters, strict=True
         ):
             problem = check(argument)
             if problem is not None:
-                raise LaunchError(f"{self.name}: {parameter.name} {problem}")
+                raise UnfitArguments(f"{self.name}: {parameter.name} {problem}", self.name)
 
     def _launch(self, config: Any) -> Launch:
         if not isinstance(config, tuple) or not 2 <= len(config) <= 3:

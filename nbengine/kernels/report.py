@@ -125,10 +125,11 @@ class KernelReport:
             ("block", f"{self.block_threads} threads, at most {r.max_threads}"),
         ]
         if self.occupancy is not None:
+            num_blocks = self.blocks_per_multiprocessor
             shown.append(
                 (
                     "occupancy",
-                    f"{self.occupancy:.0%}: {self.blocks_per_multiprocessor} blocks a "
+                    f"{self.occupancy:.0%}: {num_blocks} block{'s' * (num_blocks != 1)} a "
                     f"multiprocessor, limited by {self.limited_by}",
                 )
             )

@@ -26,6 +26,7 @@ from nbengine.kernels.display import table_html
 from nbengine.kernels.op import Cost
 from nbengine.kernels.source import Source
 from nbengine.kernels.timing import Replay, collect, gpu, time_alternately
+from nbengine.progress import doing
 
 BUFFER_BYTES = 4 << 30
 MATRIX = 8192
@@ -103,7 +104,8 @@ def roofline(device: torch.device | str | None = None, *, refresh: bool = False)
         if stored is not None:
             _measured[key] = stored
     if key not in _measured or refresh:
-        _measured[key] = _measure(device, name, driver)
+        with doing(f"measuring what {name} reads and multiplies in a second"):
+            _measured[key] = _measure(device, name, driver)
         with made_whole(path) as whole:
             whole.write_text(json.dumps(dataclasses.asdict(_measured[key])))
     return _measured[key]

@@ -191,6 +191,9 @@ class Parameter:
     def is_pointer(self) -> bool:
         return self.c_type.endswith("*")
 
+    def __str__(self) -> str:
+        return f"{self.c_type} {self.name}"
+
 
 def instantiation(name: str, arguments: tuple[TemplateArgument, ...]) -> str:
     """`rms_norm`, (torch.bfloat16, 576, True) -> `rms_norm<__nv_bfloat16, 576, true>`."""
@@ -221,6 +224,14 @@ def parameters(source: Source, expression: str) -> tuple[Parameter, ...]:
                 "and which of the two is compiled can't be told here: give one of them another name",
             )
     return found
+
+
+def template_arguments(source: Source, expression: str) -> dict[str, str]:
+    """What stands for each template parameter of the kernel that `expression` names, by its name
+    there: {"T": "float", "kSize": "64"}. Raises `CompileError` as `parameters` does."""
+    (kernel, *_), given = _found(source, expression)
+    kernel.parameters(given, _meanings(source))
+    return kernel.values(given)
 
 
 def launch_bound(source: Source, expression: str) -> int | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -266,12 +267,17 @@ class Implementations(Sequence[Implementation]):
         ]
 
     def __str__(self) -> str:
-        return table_text(_HEADERS, self._table())
+        return f"{table_text(_HEADERS, self._table())}\n{_ALTERNATIVES}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return table_html(_HEADERS, self._table())
+        return f"{table_html(_HEADERS, self._table())}<div>{escape(_ALTERNATIVES)}</div>"
 
 
 _HEADERS = ("op", "runs", "language", "", "alternatives")
+_ALTERNATIVES = (
+    "alternatives: further kernels of the op, which swap takes by name, as in "
+    'engine.kernels.swap("rms_norm", "cute"); cute is one in CuTe DSL, for a GPU, and needs '
+    "pip install 'nbengine[cute]'"
+)

@@ -20,6 +20,7 @@ from nbengine.kernels.display import table_html, table_text
 from nbengine.kernels.implementation import Implementable, Implementation, implement, op_named
 from nbengine.kernels.op import Arguments, Case, Op, Tolerance
 from nbengine.kernels.program import Program, kernel_device
+from nbengine.progress import say
 
 
 class Mismatch(NbengineError, AssertionError):
@@ -94,6 +95,8 @@ def verify(
     """Check an implementation on the op's grid: on the GPU where there is one, else emulated with
     every check on.
 
+    Inside `progress_to(print)` it tells how far it is.
+
     Args:
         what: None (the op's own `.cu`), CUDA C (text, path, `Source`), a `Program`, a Python
             function of the op's arguments, or the name of an alternative ("cute").
@@ -124,8 +127,10 @@ def verify_implementation(
 ) -> Verified:
     """`verify` on the op's grid, or on these cases."""
     op = implementation.op
+    cases = list(op.cases() if cases is None else cases)
     errors = {}
-    for case in op.cases() if cases is None else cases:
+    for number, case in enumerate(cases, 1):
+        say(f"verifying {op.name} on its grid: {number} of {len(cases)} calls")
         arguments = case.make(torch.Generator(device).manual_seed(seed))
         errors[case.name] = _verify_call(implementation, arguments, case.name)
     return Verified(op.name, str(implementation), errors)
@@ -137,6 +142,7 @@ def verify_live(
     """Check the arguments of an engine's calls too."""
     errors = {}
     for i, arguments in enumerate(live_arguments):
+        say(f"verifying {implementation.op.name} on live tensors: call {i + 1}")
         name = f"live call {i}"
         errors[name] = _verify_call(implementation, _poisoned(implementation.op, arguments), name)
     return replace(on_grid, errors=on_grid.errors | errors, num_live=len(errors))

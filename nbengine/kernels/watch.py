@@ -297,7 +297,7 @@ def watch(
 
     Args:
         what: CUDA C in the op's place (text, path, `Source`); None is the op's own.
-        case: one of the op's grid, by a part of its name; default: the op's own for watching, or
+        case: the first of the op's grid with this part in its name; default: the op's own for watching, or
             the first of its grid.
         arguments: of a call, in place of a case's; they are copied to the CPU.
         call: what to call them.
@@ -319,9 +319,11 @@ def watch(
         arguments, call = chosen.make(torch.Generator().manual_seed(0)), chosen.name
     arguments = _on_cpu(arguments)
     program = _WatchedProgram(source, of)
-    found.launch(program, **arguments)
+    found.launch_on(program, arguments)
     if not 0 <= launch < len(program.launches):
-        raise InvalidField("launch", launch, f"the call makes {len(program.launches)} launches")
+        num_made = len(program.launches)
+        launches = f"launch{'es' * (num_made != 1)}"
+        raise InvalidField("launch", launch, f"the call makes {num_made} {launches}")
     seen = program.launches[launch]
     if not all(0 <= at < size for at, size in zip(of, seen.grid, strict=True)):
         raise InvalidField("of", of, f"the grid of {seen.kernel.name} is {seen.grid}")
@@ -355,11 +357,7 @@ def _case(op: Op, wanted: Case | str | None) -> Case:
         return wanted
     if wanted is None and op.watch_case is not None:
         return op.watch_case()
-    case = next((case for case in op.cases() if (wanted or "") in case.name), None)
-    if case is None:
-        names = ", ".join(case.name for case in op.cases())
-        raise InvalidField("case", wanted, f"{op.name} has no such call; it has {names}")
-    return case
+    return op.cases_named(wanted)[0]
 
 
 def _on_cpu(arguments: Arguments) -> Arguments:

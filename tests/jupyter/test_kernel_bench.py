@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from nbengine import Engine
 from nbengine.kernel_trial import Trial
 from nbengine.kernels.contract import Contract
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.source import CUDA_ROOT
 from tests.jupyter.conftest import Notebook
+from tests.jupyter.scripted import ScriptedEngine
+from tests.tiny_models import save_reference
 
 MAGICS = ["nb_kernel", "nb_kernels", "nb_source", "nb_ptx", "nb_sass", "nb_restore", "nb_watch"]
 RMS_NORM = (CUDA_ROOT / "rms_norm.cu").read_text()
@@ -26,6 +30,22 @@ def test_every_magic_has_help_in_both_ways(notebook: Notebook, name: str) -> Non
     for text in (notebook.run(f"%{name} --help"), notebook.run(f"%{name}?")):
         assert f"%{name}" in text
         assert "options:" in text
+
+
+def test_help_begins_with_how_the_magic_is_written(notebook: Notebook) -> None:
+    assert notebook.run("%nb_kernel --help").startswith("%%nb_kernel [--swap]")
+    assert notebook.run("%nb_kernels --help").startswith("%nb_kernels [--roofline]")
+    shown = notebook.run("%nb_watch?")
+    assert "::" not in shown and "<" not in shown
+    assert "\n%nb_watch [--case PART]" in shown
+    assert "\nWatch one CUDA block of an op's kernel" in shown
+
+
+def test_an_option_that_there_is_not_is_answered_with_the_nearest(notebook: Notebook) -> None:
+    said = notebook.run("%nb_kernel rms_norm --swp")
+    assert said == "UsageError: unrecognized arguments: --swp (did you mean --swap?)\n"
+    said = notebook.run("%nb_kernel rms_norm -swap=1 more --qqq")
+    assert said.endswith("arguments: -swap=1 (did you mean --swap?) more --qqq\n")
 
 
 def test_help_needs_no_body(notebook: Notebook) -> None:
@@ -71,6 +91,18 @@ def test_without_cuda_c_it_says_what_a_kernel_must_do(notebook: Notebook) -> Non
         assert "agrees with the reference on 34 calls" in shown
         assert "__nv_bfloat16* out" in shown
         assert "residual += x" in shown
+        assert "is launched, for the call bfloat16-1x64:" in shown
+        assert "x: [1, 64] bfloat16" in shown
+    assert (
+        "  rms_norm<T=__nv_bfloat16, kSize=64, kLanes=8, kRows=16, kResidual=false>\n"
+        "    with 1 block of 128 threads\n"
+    ) in str(contract)
+
+
+def test_the_call_that_a_contract_shows_can_be_chosen(notebook: Notebook) -> None:
+    contract = notebook.value("%nb_kernel rms_norm --case float32-3x576")
+    assert contract.call == "float32-3x576"
+    assert "kSize=576, kLanes=160, kRows=1, kResidual=false>\n    with 3 blocks of" in str(contract)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -119,6 +151,46 @@ def test_a_users_mistake_is_one_message(notebook: Notebook, source: str, said: s
     assert said in printed
     assert "Traceback" not in printed
     assert not notebook.result.success
+
+
+@pytest.fixture
+def emulated(notebook: Notebook, tmp_path: Path) -> Iterator[Notebook]:
+    """With an engine whose kernels can be swapped."""
+    save_reference("served-llama", tmp_path)
+    engine = Engine(
+        model=tmp_path / "served-llama",
+        kernels="emulated",
+        device="cpu",
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        num_gpu_blocks_override=4,
+    )
+    notebook.shell.push({"engine": engine})
+    yield notebook
+    engine.close()
+
+
+def test_restoring_one_op_shows_that_op_and_restoring_all_the_table(emulated: Notebook) -> None:
+    engine = emulated.shell.user_ns["engine"]
+    for op in ("rope", "rms_norm"):
+        engine.kernels.swap(op, "reference")
+    assert emulated.run("%nb_restore rope").endswith("rope: cuda/rope.cu (CUDA C, emulated)\n")
+    assert not engine.kernels.implementation("rms_norm").is_own
+    table = emulated.run("%nb_restore")
+    assert engine.kernels.implementation("rms_norm").is_own
+    assert all(op in table for op in OPS)
+    assert "alternatives: further kernels of the op, which swap takes by name" in table
+
+
+def test_an_engine_without_ops_says_how_to_get_one_with(
+    notebook: Notebook, make_engine: Callable[..., ScriptedEngine]
+) -> None:
+    notebook.shell.push({"engine": make_engine()})
+    for source in ("%nb_kernels", "%%nb_kernel rms_norm --swap\nint a;"):
+        said = notebook.run(source)
+        assert "this engine has no ops to look at or to swap" in said
+        assert "%nb_load scripted --kernels emulated" in said
+        assert said.count("\n") == 1
 
 
 def test_without_an_engine_the_ops_are_listed_all_the_same(notebook: Notebook) -> None:

@@ -103,7 +103,28 @@ def test_of_many_errors_the_first_are_drawn_and_the_rest_counted() -> None:
     shown = str(CompileError("t.cu does not compile", errors, {"t.cu": "x\n"}))
     assert f"error {SHOWN - 1}" in shown
     assert f"error {SHOWN}\n" not in shown
-    assert "and 5 more errors" in shown
+    assert shown.endswith("... and 5 more errors, which may follow from these (all: .log)")
+    assert shown.index("error 0") < shown.index("error 1") < shown.index("error 2")
+
+
+def test_a_message_is_drawn_once_where_it_stands_first() -> None:
+    places = [("no n", 1), ("no n", 2), ("no n", 3), ("no n", 4), ("no f", 5)]
+    errors = [Diagnostic("t.cu", line, 1, "error", message) for message, line in places]
+    shown = str(CompileError("t.cu does not compile", errors, {}))
+    assert shown.splitlines()[2::2] == [
+        "t.cu:1:1: error: no n",
+        "t.cu:5:1: error: no f",
+        "... and 3 more errors, which may follow from these (all: .log)",
+    ]
+
+
+def test_html_too_shows_the_first_errors_and_no_warnings_in_their_place() -> None:
+    warnings = [Diagnostic("t.cu", 1, 1, "warning", f"odd {n}") for n in range(SHOWN)]
+    errors = [Diagnostic("t.cu", 1, 1, "error", f"wrong {n}") for n in range(SHOWN + 1)]
+    html = CompileError("t.cu", [*warnings, *errors], {"t.cu": "x\n"})._repr_html_()
+    assert "wrong 0" in html and f"wrong {SHOWN - 1}" in html
+    assert "odd" not in html and f"wrong {SHOWN}" not in html
+    assert "and 1 more error, which" in html
 
 
 def test_a_log_that_nobody_understands_is_shown_as_it_is() -> None:

@@ -264,7 +264,18 @@ def test_a_null_pointer_is_named() -> None:
     }
     """
     error = accused(text, 1, 2, floats(2), None, kind="out of bounds")
-    assert "bias is null" in str(error)
+    assert "address 0x0 (a null pointer; of the arguments, bias is null here)" in str(error)
+
+
+def test_a_null_pointer_of_the_kernels_own_is_no_argument() -> None:
+    text = """
+    __global__ void kernel(float* out) {
+      const float* mine = nullptr;
+      out[threadIdx.x] = mine[threadIdx.x];  // here
+    }
+    """
+    error = accused(text, 1, 1, floats(1), kind="out of bounds")
+    assert "address 0x0 (a null pointer)" in str(error)
 
 
 def test_memory_that_no_tensor_holds_is_said_to_be_unknown() -> None:

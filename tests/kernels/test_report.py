@@ -137,6 +137,7 @@ def test_a_report_names_what_limits_the_occupancy() -> None:
     half = cubin.report(256, 100_000)
     assert (half.blocks_per_multiprocessor, half.limited_by) == (2, "shared memory")
     assert half.occupancy == 0.25
+    assert "12%: 1 block a multiprocessor" in str(cubin.report(256, 200_000))
     assert cubin.report(256, 232_449).occupancy == 0
     assert "<table" in half._repr_html_()
 

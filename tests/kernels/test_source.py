@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from nbengine.kernels import CompileError, Source
-from nbengine.kernels.source import Parameter, instantiation, launch_bound, parameters
+from nbengine.kernels.source import (
+    Parameter,
+    instantiation,
+    launch_bound,
+    parameters,
+    template_arguments,
+)
 
 
 def types(text: str, expression: str) -> list[str]:
@@ -31,6 +37,19 @@ def test_template_arguments_are_put_in_and_qualifiers_taken_out() -> None:
         "long long stride",
         "void* scratch",
     ]
+
+
+def test_template_arguments_are_known_by_their_names() -> None:
+    source = Source(
+        "template <typename T, int kSize = 3, bool kLast = (kSize > 2)> __global__ void f(T* x) {}\n"
+        "__global__ void plain(float* x) {}",
+        "t.cu",
+    )
+    given = template_arguments(source, "f<__half, 4>")
+    assert given == {"T": "__half", "kSize": "4", "kLast": "(4 > 2)"}
+    assert template_arguments(source, "plain") == {}
+    with pytest.raises(CompileError, match="3 template parameters"):
+        template_arguments(source, "f")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from nbengine.kernels.lab import Mismatch, verify
 from nbengine.kernels.op import Case
 from nbengine.kernels.ops import OPS
 from nbengine.kernels.source import Source
+from nbengine.progress import progress_to
 
 RMS_NORM = OPS["rms_norm"]
 
@@ -35,6 +36,23 @@ def test_the_reference_agrees_with_itself_on_every_case():
     assert result.worst == 0
     assert "agrees with the reference" in str(result) and "right" in str(result)
     assert "<table" in result._repr_html_()
+
+
+def test_it_tells_which_call_it_is_at_and_what_it_compiles():
+    told = []
+    cases = list(RMS_NORM.cases())[:2]
+    with progress_to(told.append):
+        verify("rms_norm", None, cases, device="cpu")
+    assert told == [
+        "verifying rms_norm on its grid: 1 of 2 calls",
+        "verifying rms_norm on its grid: 1 of 2 calls; compiling rms_norm<float, 64, 16, 8, false>",
+        "verifying rms_norm on its grid: 1 of 2 calls",
+        "verifying rms_norm on its grid: 2 of 2 calls",
+        "verifying rms_norm on its grid: 2 of 2 calls; compiling rms_norm<float, 64, 16, 8, true>",
+        "verifying rms_norm on its grid: 2 of 2 calls",
+    ]
+    verify("rms_norm", None, cases, device="cpu")
+    assert len(told) == 6, "nobody listens any more"
 
 
 def test_a_wrong_element_is_named_with_its_index_and_both_values():

@@ -157,8 +157,8 @@ def test_the_call_is_left_as_it_was() -> None:
     ("more", "problem"),
     [
         ({"of": (2, 0, 0)}, r"the grid of peek is \(2, 1, 1\)"),
-        ({"launch": 1}, "makes 1 launches"),
-        ({"case": "nope"}, "it has small, other"),
+        ({"launch": 1}, "makes 1 launch"),
+        ({"case": "nope"}, "there are small, other"),
         ({"case": "small"}, "accesses, and 3 can be looked at"),
     ],
 )

@@ -40,6 +40,7 @@ from nbengine.kernels.emulator.listeners import (
 from nbengine.kernels.emulator.places import Place, Places
 from nbengine.kernels.program import MAX_SHARED_BYTES, MAX_THREADS, Kernel, Program
 from nbengine.kernels.source import Source, launch_bound
+from nbengine.progress import doing
 
 __all__ = [
     "Counters",
@@ -85,9 +86,10 @@ class EmulatedKernel(Kernel):
         self.counters: Counters | None = None
         self._source = source
         self._listeners = _CHECKS * checks | _COUNTERS * counters
-        self._library = build.compile_kernel(
-            source, expression, bool(self._listeners), whole_accesses=counters
-        )
+        with doing(f"compiling {expression}"):
+            self._library = build.compile_kernel(
+                source, expression, bool(self._listeners), whole_accesses=counters
+            )
         self.max_threads = launch_bound(source, expression) or MAX_THREADS
         self.max_shared_bytes = MAX_SHARED_BYTES - self._library.static_bytes
         self._places = Places(self._library.path, source)
@@ -229,8 +231,9 @@ class EmulatedKernel(Kernel):
             for parameter, argument in zip(self.parameters, arguments, strict=True)
             if parameter.is_pointer and (argument is None or argument.data_ptr() == 0)
         ]
-        if address < 1 << 20 and null:
-            return f"address {address:#x} ({', '.join(null)} is null)"
+        if address < 1 << 20:
+            given = f"; of the arguments, {', '.join(null)} is null here" if null else ""
+            return f"address {address:#x} (a null pointer{given})"
 
         def distance(tensor: torch.Tensor) -> int:
             begin = tensor.data_ptr()
