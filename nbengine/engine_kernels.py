@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from nbengine.progress import say
@@ -159,7 +157,7 @@ class EngineKernels:
     def between_steps(self, command: Callable[[], T]) -> T:
         """Run `command` on the engine's thread while no step is computed, and return its result."""
         say("waiting for the engine's step to end")
-        return self._engine._call(partial(contextvars.copy_context().run, command))
+        return self._engine._call(command)
 
     def _called(self, *ops: str, step: int | None = None) -> dict[str, list[Arguments]]:
         """`live_calls`, on the engine's thread."""

@@ -8,6 +8,7 @@ collected, its memory given back, and the thread ends.
 
 from __future__ import annotations
 
+import contextvars
 import os
 import queue
 import threading
@@ -90,7 +91,8 @@ class EngineThread:
         the wait takes back a command that has not begun, unless it `must_run`."""
         if self.is_current:
             return command()
-        future = self.submit(command)
+        # In the caller's context: what it does may tell it how far it is (see `progress`).
+        future = self.submit(partial(contextvars.copy_context().run, command))
         try:
             return future.result()
         finally:

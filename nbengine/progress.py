@@ -3,7 +3,7 @@
 Compiling a kernel, verifying it on a grid and measuring it take seconds each, and say so here (`say`,
 `doing`). Whoever wants to hear it calls them inside `with progress_to(print):`, a notebook's magics
 with a line below the cell; without, nothing happens. Only what the caller himself has asked for is
-told: another thread has its own listener, and `engine.kernels` takes the caller's along to the engine's.
+told: another thread has its own listener, and an engine's thread hears who waits for it.
 """
 
 from __future__ import annotations
@@ -52,3 +52,5 @@ def doing(words: str) -> Iterator[None]:
     yield
     if before:
         say(before)
+    elif listener is not None:
+        listener.words = ""

@@ -18,9 +18,12 @@ def test_a_part_is_told_with_the_whole_which_goes_on_after_it() -> None:
 
 def test_a_part_of_nothing_is_told_alone() -> None:
     told: list[str] = []
-    with progress_to(told.append), doing("heating the oven"):
-        pass
-    assert told == ["heating the oven"]
+    with progress_to(told.append):
+        with doing("heating the oven"):
+            pass
+        with doing("whipping cream"):
+            pass
+    assert told == ["heating the oven", "whipping cream"]
 
 
 def test_nobody_else_is_told() -> None:

@@ -39,6 +39,7 @@ from nbengine.jupyter.stream import show_stream
 from nbengine.jupyter.views import Steps
 from nbengine.llm import LLM, chat_prompt
 from nbengine.models.registry import resolve_model
+from nbengine.progress import say
 from nbengine.rewind import Rewind
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class NbengineMagics(EngineMagics):
 
     # ------------------------------------------------------------------ the engine's life
 
-    @magic(line_magic, *_load_options())
+    @magic(line_magic, *_load_options(), tells_progress=True)
     def nb_load(self, args: argparse.Namespace, _: str | None) -> LLM:
         """Load a model. The notebook gets `llm` and `engine`; one loaded before is closed first.
 
@@ -168,6 +169,7 @@ class NbengineMagics(EngineMagics):
         resolve_model(config.model)
         if self._close_engine():
             print("The engine that was loaded before has been closed.")
+        say(f"loading {config.model}")
         llm = LLM(**{name: getattr(config, name) for name in fields})
         self.shell.push({"llm": llm, "engine": llm.engine})
         return llm
@@ -307,12 +309,17 @@ class NbengineMagics(EngineMagics):
 
     # ------------------------------------------------------------------ stepping
 
-    @magic(line_magic, argument("n", nargs="?", type=int, default=1, help="how many (default 1)"))
+    @magic(
+        line_magic,
+        argument("n", nargs="?", type=int, default=1, help="how many (default 1)"),
+        tells_progress=True,
+    )
     def nb_step(self, args: argparse.Namespace, _: str | None) -> Any:
         """Take steps, and return the StepRecord (or several of them)."""
         engine = self._engine
         if not engine.has_work:
             raise UsageError("there is nothing to compute: add a request with %nb_add")
+        say("computing")
         record = engine.step()
         records = [record]
         while len(records) < args.n and engine.has_work:

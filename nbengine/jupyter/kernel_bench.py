@@ -55,7 +55,6 @@ def _three(text: str) -> tuple[int, int, int]:
 class KernelMagics(EngineMagics):
     """Kernels: tried, looked at, swapped."""
 
-    tells_progress = True
     option_values: ClassVar = {"--arch": tuple(LIMITS), "--gpu": tuple(PUBLISHED)}
 
     @magic(
@@ -67,6 +66,7 @@ class KernelMagics(EngineMagics):
         argument("--no-bench", action="store_true", help="do not time it"),
         _CASE,
         _ARCH,
+        tells_progress=True,
     )
     def nb_kernel(self, args: argparse.Namespace, cell: str | None) -> Trial | Contract | None:
         """Try the CUDA C of the cell in an op's place: compiled, verified against the reference (on
@@ -115,6 +115,7 @@ class KernelMagics(EngineMagics):
             "--gpu", type=quotable, help="without a GPU: whose published figures (default: H100)"
         ),
         argument("--step", type=int, help="in that step (default: at the engine's batch)"),
+        tells_progress=True,
     )
     def nb_kernels(self, args: argparse.Namespace, _: str | None) -> Survey | RooflinePlot:
         """The ops, what runs each now, and what it costs at the engine's batch or in a step: bytes and
@@ -129,14 +130,14 @@ class KernelMagics(EngineMagics):
         source = source_now(args.op, self._open_engine)
         return SourceView(f"{args.op}: {short_name(source.name)}", source.text, "cpp")
 
-    @magic(line_magic, _OP, _CASE, _ARCH)
+    @magic(line_magic, _OP, _CASE, _ARCH, tells_progress=True)
     def nb_ptx(self, args: argparse.Namespace, _: str | None) -> SourceView:
         """The PTX of the kernels that an op launches now: for the engine's batch, or for one call of
         its grid. It needs NVRTC, and neither a GPU nor a driver."""
         found = compiled_now(args.op, self._open_engine, case=args.case, architecture=args.arch)
         return SourceView(_title(args.op, found), "\n".join(c.ptx for c in found), "text")
 
-    @magic(line_magic, _OP, _CASE, _ARCH)
+    @magic(line_magic, _OP, _CASE, _ARCH, tells_progress=True)
     def nb_sass(self, args: argparse.Namespace, _: str | None) -> SourceView:
         """The machine code of the same kernels, with the source lines that it comes from. It needs
         nvdisasm (pip install nvidia-cuda-nvdisasm), and no GPU."""
@@ -144,7 +145,9 @@ class KernelMagics(EngineMagics):
         return SourceView(_title(args.op, found), "\n".join(c.sass() for c in found), "text")
 
     @magic(
-        line_magic, argument("op", nargs="?", help="which; without one, every op that was swapped")
+        line_magic,
+        argument("op", nargs="?", help="which; without one, every op that was swapped"),
+        tells_progress=True,
     )
     def nb_restore(
         self, args: argparse.Namespace, _: str | None
@@ -165,6 +168,7 @@ class KernelMagics(EngineMagics):
         argument("--live", action="store_true", help="a call at the engine's batch, and no case"),
         argument("--block", type=_three, default=(0, 0, 0), metavar="X,Y,Z", help="of the grid"),
         argument("--phase", type=int, metavar="N", help="begin with this one (from 1 on)"),
+        tells_progress=True,
     )
     def nb_watch(self, args: argparse.Namespace, _: str | None) -> KernelView:
         """Watch one CUDA block of an op's kernel, emulated: which thread reads and writes which

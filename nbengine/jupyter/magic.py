@@ -29,9 +29,13 @@ from nbengine.llm import LLM
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
+def magic(
+    kind: Callable[[Any], Any], *options: Any, tells_progress: bool = False
+) -> Callable[[Any], Any]:
     """A magic whose method takes parsed arguments and the cell's body. An error of the user's shows
-    as its message alone (a compiler's, with its own colours); any other keeps its traceback."""
+    as its message alone (a compiler's, with its own colours); any other keeps its traceback.
+    `tells_progress`: it may take seconds, shows nothing itself, and what is being done is shown
+    meanwhile."""
 
     def decorate(method: Callable[..., Any]) -> Any:
         @functools.wraps(method)
@@ -40,7 +44,7 @@ def magic(kind: Callable[[Any], Any], *options: Any) -> Callable[[Any], Any]:
             if words and words[0] in ("-h", "--help"):
                 print(parser.format_help())
                 return None
-            shown = progress_line(self.shell) if self.tells_progress else nullcontext()
+            shown = progress_line(self.shell) if tells_progress else nullcontext()
             try:
                 arguments = _parsed(parser, words)
                 with shown:
@@ -110,8 +114,6 @@ class EngineMagics(Magics):
 
     option_values: ClassVar[dict[str, tuple[str, ...]]] = {}
     """What an option's value may be, for completion."""
-    tells_progress: ClassVar[bool] = False
-    """They take seconds, and show meanwhile what is being done."""
 
     @property
     def _names(self) -> dict[str, Any]:
