@@ -4,6 +4,8 @@ everything that a scheduler does to a sequence. On a GPU, and emulated on a CPU.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ import torch
 
 from nbengine import LLM, Engine, SamplingParams
 from nbengine.execution import cuda_graphs
-from nbengine.kernels import CompileError
+from nbengine.kernels import CompileError, emulator, load
 from nbengine.kernels.capture import captured
+from nbengine.kernels.emulator import EmulationError
 from nbengine.kernels.lab import Mismatch
 from nbengine.kernels.ops import OPS
 from tests.gpu import needs_gpu, needs_gpu_alone
@@ -286,6 +289,60 @@ class TestSwap:
         with pytest.raises(CompileError, match="retrun"):
             engine.kernels.swap("rms_norm", "__global__ void rms_norm() {\n  retrun;\n}\n")
         assert self.outputs(engine) == expected[self.FAMILY][:2]
+
+
+class TestAnEmulatedKernelThatDoesNotEnd:
+    FAMILY = "served-llama"
+    TEXT = "__global__ void endless(volatile int* x) { while (x[0] == 0) {} }"
+
+    @pytest.fixture
+    def engine(self, models, monkeypatch) -> Iterator[Engine]:
+        """In the middle of its decodes, its next step is one that would not end."""
+        endless = load(self.TEXT, "endless", device="cpu")
+        flag = torch.zeros(1, dtype=torch.int32)
+        self.is_endless, self.has_begun = False, threading.Event()
+
+        def mine(**arguments: Any) -> None:
+            if self.is_endless:
+                self.has_begun.set()
+                endless[2, 32](flag)
+            OPS["rms_norm"].reference(**arguments)
+
+        with make(models[self.FAMILY], "emulated") as engine:
+            engine.kernels.swap("rms_norm", mine)
+            for index, prompt in enumerate(PROMPTS[:2]):
+                engine.add_request(prompt, GREEDY, request_id=f"r{index}")
+            engine.step(4)
+            monkeypatch.setattr(emulator, "BLOCK_SECONDS", 0.3)
+            self.is_endless = True
+            yield engine
+
+    def goes_on(self, engine: Engine, expected) -> bool:
+        self.is_endless = False
+        engine.run()
+        outputs = [engine.output(name).outputs for name in ("r0", "r1")]
+        return [[o.token_ids for o in each] for each in outputs] == expected[self.FAMILY][:2]
+
+    def test_fails_its_step_which_is_taken_back(self, engine, expected):
+        with pytest.raises(EmulationError, match="timeout: endless, block"):
+            engine.step()
+        assert "timeout" in engine.history[-1].error
+        assert self.goes_on(engine, expected)
+
+    def test_holds_up_a_pause_no_longer_than_its_limit(self, engine, expected):
+        engine.start()
+        assert self.has_begun.wait(60)
+        engine.pause()
+        assert isinstance(engine.error, EmulationError)
+        assert self.goes_on(engine, expected)
+
+    def test_does_not_keep_who_waits_for_it_from_an_interrupt(self, engine, expected):
+        timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        timer.join()
+        assert self.goes_on(engine, expected)
 
 
 @needs_gpu

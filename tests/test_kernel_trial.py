@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +15,9 @@ import torch
 from nbengine import Engine, SamplingParams, kernel_trial
 from nbengine.errors import InvalidField, NotEnoughMemory
 from nbengine.kernel_trial import compiled_now, counters, source_now, try_kernel
-from nbengine.kernels import CompileError, LaunchError, Source, compiler
+from nbengine.kernels import CompileError, LaunchError, Source, compiler, emulator
 from nbengine.kernels.cell import cell_source
-from nbengine.kernels.emulator import EmulatedProgram, EmulationError
+from nbengine.kernels.emulator import EmulatedKernel, EmulatedProgram, EmulationError
 from nbengine.kernels.implementation import Implementation, implement
 from nbengine.kernels.lab import Measurement, Mismatch, verify
 from nbengine.kernels.op import Case, Cost
@@ -82,6 +86,38 @@ def test_the_emulator_too_speaks_of_the_cells_lines() -> None:
         try_kernel("rms_norm", wild, case="float32-1x64", emulate=True)
     assert (raised.value.file, raised.value.line) == (wild.name, line)
     assert str(wild.path) not in str(raised.value)
+
+
+ENDLESS = RMS_NORM.replace(
+    "nb::store_floats(out + at", "for (int j = 0; j < 10; j += 0) {}\nnb::store_floats(out + at"
+)
+"""A new line before the store, 1 lower in a cell."""
+
+
+def test_a_cell_that_does_not_end_is_an_error_with_its_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(emulator, "BLOCK_SECONDS", 0.1)
+    line = 1 + next(n for n, text in enumerate(ENDLESS.splitlines(), 1) if "j += 0" in text)
+    with pytest.raises(EmulationError, match="does its loop end") as raised:
+        try_kernel("rms_norm", cell_source("rms_norm", ENDLESS), emulate=True)
+    assert raised.value.line == line
+
+
+def test_a_cell_that_does_not_end_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    launch = EmulatedKernel.launch
+
+    def interrupted_soon(self: EmulatedKernel, *arguments: Any) -> None:
+        timer.start()
+        launch(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmulatedKernel, "launch", interrupted_soon)
+        with pytest.raises(KeyboardInterrupt):
+            try_kernel("rms_norm", cell_source("rms_norm", ENDLESS), emulate=True)
+    timer.join()
+    assert try_kernel("rms_norm", RMS_NORM, case="float32-1x64", emulate=True).verified.errors
 
 
 def test_what_is_emulated_leads_gdb_to_the_file_and_its_compiler_speaks_of_its_name() -> None:

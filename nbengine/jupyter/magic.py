@@ -51,6 +51,8 @@ def magic(
                     return method(self, arguments, cell)
             except CompileError:
                 raise
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt from None  # where it came to is nobody's business
             except NbengineError as error:
                 raise UsageError(f"{type(error).__name__}: {error}") from error
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -585,59 +580,6 @@ def test_more_stacks_than_a_process_may_have_mappings_are_not_made() -> None:
     finally:
         torch.set_num_threads(before)
     assert out.item() == 128 * 1024
-
-
-SPIN = """
-__global__ void kernel(int* out) {
-  __shared__ volatile int flag;
-  if (threadIdx.x == 0) flag = 0;
-  __syncthreads();
-  while (flag == 0) AND_MEET;
-  out[0] = flag;
-}
-"""
-
-
-@contextlib.contextmanager
-def interrupted_soon() -> Iterator[None]:
-    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        timer.join()
-
-
-@pytest.mark.parametrize(("meet", "with_checks"), [("", True), ("__syncthreads()", False)])
-def test_an_interrupt_ends_a_launch_that_would_not_end(meet: str, with_checks: bool) -> None:
-    spin = kernel(SPIN.replace("AND_MEET", meet), checks=with_checks)
-    handler = signal.getsignal(signal.SIGINT)
-    for _ in range(2):
-        with interrupted_soon():
-            spin[3, 32](ints(1))
-    assert signal.getsignal(signal.SIGINT) is handler
-    out = ints(32)
-    kernel("__global__ void kernel(int* out) { out[threadIdx.x] = 3; }")[1, 32](out)
-    assert out.tolist() == [3] * 32
-
-
-def test_an_interrupt_does_not_reach_a_launch_on_another_thread() -> None:
-    text = """
-    __global__ void kernel(int* done, int* go) {
-      while (atomicAdd(go, 0) == 0) __syncthreads();
-      done[0] = 1;
-    }
-    """
-    done, go = ints(1), torch.zeros(1, dtype=torch.int32)
-    launch = kernel(text)[1, 32]
-    launcher = threading.Thread(target=launch, args=(done, go))
-    launcher.start()
-    with interrupted_soon():
-        time.sleep(60)
-    go.fill_(1)
-    launcher.join()
-    assert done.item() == 1
 
 
 def test_two_versions_of_a_kernel_do_not_share_their_variables() -> None:

@@ -8,8 +8,8 @@ raises `EmulationError`; without, a wild access is as wild as in C.
 Threads of a block are fibers (`runtime/`), so that barriers and warp operations mean what they mean
 on a GPU; blocks are spread over `torch.get_num_threads()` threads of the operating system. What is
 not modelled: time, caches, and the order of memory between blocks. A kernel that waits in a loop for
-another thread's write, with no barrier, waits until it is interrupted. Which lanes are converged is
-the hardware's choice: `__activemask()` names the calling lane alone.
+another thread's write, with no barrier, waits for ever, which is an error after `BLOCK_SECONDS`. Which
+lanes are converged is the hardware's choice: `__activemask()` names the calling lane alone.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ __all__ = [
 
 Three = tuple[int, int, int]
 
+BLOCK_SECONDS = 20.0
+"""Of a processor. A block that has used so many is taken to run for ever: it has made some 800
+million accesses to memory, if each was checked."""
+
 
 class EmulatedProgram(Program):
     """A source on this machine's CPU. With `counters`, each kernel has those of its last launch in
@@ -72,11 +76,11 @@ class EmulatedKernel(Kernel):
 
     Raises `CompileError`, `NoCompiler`, `ToolchainMissing`; launched, `EmulationError`. Without
     checks, of the kinds of error only those are seen that stop the kernel itself: a barrier or warp
-    operation that is waited in for ever, wrong masks and lanes, traps, assertions and overflowing
-    stacks.
+    operation that is waited in for ever, wrong masks and lanes, traps, assertions, overflowing stacks
+    and, on Linux, blocks that do not end.
 
-    An interrupt (SIGINT) ends a launch on Python's main thread: at a barrier, a warp operation or the
-    end of a block, with checks at the next access to memory.
+    An interrupt (SIGINT) ends a launch on Python's main thread. Elsewhere than on Linux it does so at
+    a barrier, a warp operation or the end of a block, with checks at the next access to memory.
     """
 
     def __init__(
@@ -158,6 +162,7 @@ class EmulatedKernel(Kernel):
             traced_block=traced,
             knows_memory=not any(p.c_type.endswith("**") for p in self.parameters),
             is_interruptible=threading.get_ident() == threading.main_thread().ident,
+            block_seconds=BLOCK_SECONDS,
         )
         if listeners:
             buffers = (_Buffer * len(arguments))(*map(_buffer, arguments))
@@ -190,7 +195,7 @@ class EmulatedKernel(Kernel):
 
     def _error(self, result: _Result, arguments: tuple[Any, ...]) -> EmulationError:
         pcs = [pc for pc in (result.pc, result.other_pc) if pc]
-        places = self._places.of(pcs) if self._listeners else {}
+        places = self._places.of(pcs)
         place = places.get(result.pc)
         if place is None and result.file:
             place = self._places.at(result.file.decode(), result.line)
@@ -331,6 +336,7 @@ class _Launch(ctypes.Structure):
         ("traced_block", ctypes.c_uint * 3),
         ("knows_memory", ctypes.c_uint32),
         ("is_interruptible", ctypes.c_uint32),
+        ("block_seconds", ctypes.c_double),
     )
 
 

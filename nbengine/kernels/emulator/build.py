@@ -43,11 +43,11 @@ _COMMON = (
     "-fvisibility=hidden",
     "-pthread",
     "-w",
+    "-g1",  # lines, and nothing else
 )
 _FAST = ("-O2", "-march=native")
 _CHECKED = (
     "-O1",
-    "-g1",
     "-fsanitize=thread",  # calls the runtime before every access to memory
     "-fsanitize=alignment,bounds,integer-divide-by-zero",
     # Expanded in place, a copy of more than 16 bytes would be announced to nobody.
@@ -56,6 +56,7 @@ _CHECKED = (
 _ONLY_GCC = (
     "-fno-gnu-unique",  # else two versions of a kernel would share variables
     "-fno-extern-tls-init",  # shared memory has no constructors
+    "-gstatement-frontiers",  # a loop that is nothing but a jump has a line
     "-fstack-clash-protection",  # no frame reaches over the guard of a stack
     # With checks, nothing that reads memory where the source does not.
     *("-fno-tree-loop-im", "-fno-ssa-phiopt"),
@@ -282,10 +283,11 @@ def runtime() -> Path:
         *("-ftls-model=initial-exec", "-fno-semantic-interposition"),
         *(() if sys.platform == "darwin" else ("-Wl,-Bsymbolic",)),
     )
+    timers = () if sys.platform == "darwin" else ("-lrt",)  # a library before glibc 2.34
     name = f"runtime-{_key(*flags)}.so"
     if sys.platform != "darwin":  # kernels ask for the one that is loaded, by its name
         flags = (*flags, f"-Wl,-soname,{name}")
-    return _made(name, lambda target: _run(*flags, *sources, "-o", str(target)))
+    return _made(name, lambda target: _run(*flags, *sources, *timers, "-o", str(target)))
 
 
 def _prelude(flags: tuple[str, ...]) -> Path:

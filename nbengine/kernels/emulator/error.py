@@ -13,11 +13,11 @@ class EmulationError(NbengineError, RuntimeError):
 
     `kind` is one of: out of bounds, misaligned, uninitialised, unfinished copy (read before it was
     waited for), race, divergence (a barrier or warp operation that not all threads reach), wrong
-    mask, inactive lane, bad argument, division, assertion, trap, stack overflow, out of memory (the
-    host's, for the stacks of its threads). `block` and `thread` are the (x, y,
-    z) of the thread at fault. `place` is the line that it was at, None where that is not known. A
-    race, an unfinished copy and a divergent barrier have a second thread: `other_thread` and
-    `other_place`.
+    mask, inactive lane, bad argument, division, assertion, trap, timeout (a block that does not end),
+    stack overflow, out of memory (the host's, for the stacks of its threads). `block` and `thread`
+    are the (x, y, z) of the thread at fault; of a timeout, those of one that was still running.
+    `place` is the line that it was at, None where that is not known. A race, an unfinished copy and
+    a divergent barrier have a second thread: `other_thread` and `other_place`.
     """
 
     def __init__(

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "signals.h"
+
 namespace nb_emulator {
 
 thread_local Block* running_block = nullptr;
@@ -43,6 +45,7 @@ void Block::run(uint64_t linear_block) {
   index.y = static_cast<unsigned>(linear_block / size[0] % size[1]);
   index.z = static_cast<unsigned>(linear_block / size[0] / size[1]);
   started_ = waiting_ = 0;
+  ticks_left_ = static_cast<int64_t>(grid.request.block_seconds * kTicksPerSecond);
   live_ = threads.size();
   votes_ = {};
   std::fill(live_lanes_.begin(), live_lanes_.end(), 0xffffffffu);
@@ -83,7 +86,7 @@ void Block::fiber_main() {
 // What a fiber does that is not in the middle of a thread.
 void Block::work() {
   Fiber* const me = fiber_;
-  if (stopping()) leave();
+  if (launch_is_over()) leave();
   if (next_ready_ < ready_.size()) {
     idle_.push_back(me);
     resume_next_ready();
@@ -148,7 +151,7 @@ void Block::exited(Thread& thread) {
 }
 
 Votes Block::barrier(bool vote, Place place, const void* pc) {
-  check_in();
+  check_in(pc);
   Thread& me = *current;
   me.name = "__syncthreads";
   me.place = place;
@@ -180,7 +183,7 @@ void Block::release_barrier() {
 
 void Block::warp_together(unsigned mask, void* arguments, Execute execute, const char* name,
                           Place place, const void* pc) {
-  check_in();
+  check_in(pc);
   Thread& me = *current;
   const unsigned bit = 1u << me.lane();
   me.name = name;
@@ -232,7 +235,7 @@ void Block::finish(Group& group, int warp) {
 
 void Block::async_copy(void* target, const void* source, size_t bytes, size_t source_bytes,
                        const void* pc) {
-  check_in();
+  check_in(pc);
   Thread& me = *current;
   const size_t odd = reinterpret_cast<uintptr_t>(target) |
                      (source_bytes != 0 ? reinterpret_cast<uintptr_t>(source) : 0);
@@ -327,6 +330,21 @@ void Block::overflowed(const void* pc) {
   fail(*current, {}, pc,
        {"stack overflow", text("needs more than %zu KiB for its local variables and calls",
                                (Fiber::kStackBytes - Fiber::kReserveBytes) >> 10)});
+}
+
+void Block::stop(const void* pc) {
+  if (ticks_left() > 0) leave();
+  fail(*current, {}, pc,
+       {"timeout", text("has not ended when its block had used %g s of a processor: does its loop "
+                        "end? (A loop that waits for another thread's write needs a barrier in it, "
+                        "where threads take turns. Work that is only slow wants more blocks.)",
+                        grid.request.block_seconds)});
+}
+
+bool Block::tick(int ticks, const void* pc) {
+  const bool was_asked = stopping();  // a tick ago, or by another thread
+  ticks_left_.store(ticks_left() - ticks, std::memory_order_relaxed);
+  return was_asked && memory.is_code(pc);
 }
 
 // Of the running fiber, too, only the outermost frame is written over.

@@ -76,10 +76,15 @@ class Block {
   // Ends the launch if it is to stop, or the current thread if its stack is as good as full. To be
   // asked wherever the kernel calls.
   void check_in(const void* pc = nullptr) {
-    if (stopping()) leave();
+    if (stopping()) stop(pc);
     if (!current->fiber->has_room_below(__builtin_frame_address(0))) overflowed(pc);
   }
-  bool stopping() const { return stop_.load(std::memory_order_relaxed); }
+  bool stopping() const { return launch_is_over() || ticks_left() <= 0; }
+  // Ends the launch that is to stop: with an error if that is because this block's time is up.
+  [[noreturn]] void stop(const void* pc);
+  // From a signal's handler: the block has used so many ticks more of a processor, and is at `pc`.
+  // Whether to take it away from there, because it is stopping and has not come by to ask.
+  bool tick(int ticks, const void* pc);
   // Back to the caller of run(). What the fibers did is forgotten with their stacks.
   [[noreturn]] void leave();
   // The current thread has used up its stack.
@@ -121,8 +126,11 @@ class Block {
   void arrive(Thread& thread, int groups_before);
   [[noreturn]] void deadlock();
   void settle();
+  bool launch_is_over() const { return stop_.load(std::memory_order_relaxed); }
+  int64_t ticks_left() const { return ticks_left_.load(std::memory_order_relaxed); }
 
   const std::atomic<bool>& stop_;
+  std::atomic<int64_t> ticks_left_{0};
   ListenerList listeners_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> idle_;

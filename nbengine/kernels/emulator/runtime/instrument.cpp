@@ -16,7 +16,7 @@ __attribute__((always_inline)) inline void announce(const void* address, size_t 
   if (block == nullptr || block->executing_warp >= 0 || bytes == 0) return;
   Thread* thread = block->current;
   if (thread->fiber->holds(address)) return;  // its own local variables
-  if (block->stopping()) block->leave();
+  if (block->stopping()) block->stop(pc);
   block->access(thread, address, bytes, kind, pc);
 }
 

@@ -21,6 +21,7 @@ void run_blocks(Grid& grid) {
   const uint64_t blocks = static_cast<uint64_t>(size[0]) * size[1] * size[2];
   catch_overflows();
   Block block(grid);
+  const Ticks ticks;
   for (;;) {
     const uint64_t at = grid.next_block++;
     if (at >= blocks || grid.stop.load(std::memory_order_relaxed)) return;

@@ -44,6 +44,7 @@ struct LaunchRequest {
   unsigned traced_block[3];
   uint32_t knows_memory;      // whether all that the kernel may touch is in `buffers`
   uint32_t is_interruptible;  // by SIGINT, which Python hears on its main thread
+  double block_seconds;       // of a processor, that a block may take
 };
 
 // What ended a launch. `message` may hold {address} and {other}, which Python puts into words.

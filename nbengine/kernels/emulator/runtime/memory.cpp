@@ -2,6 +2,10 @@
 
 #include <dlfcn.h>
 
+#if defined(__linux__)
+#include <link.h>
+#endif
+
 namespace nb_emulator {
 
 const char* library_of(const void* address) {
@@ -52,6 +56,20 @@ void Memory::locate(Access& access) const {
   const uintptr_t page = reinterpret_cast<uintptr_t>(access.address) / kPage;
   if (page != constant_page_ && library_of(access.address) == library_) constant_page_ = page;
   if (page == constant_page_) access.space = Access::kConstant;
+}
+
+bool Memory::is_code(const void* address) const {
+#if defined(__linux__)  // the loader may not be asked in a handler; the library's own header tells
+  const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(library_);
+  const auto* segment = reinterpret_cast<const ElfW(Phdr)*>(library_ + header->e_phoff);
+  const auto at = static_cast<size_t>(static_cast<const char*>(address) - library_);
+  for (int i = 0; i < header->e_phnum; ++i, ++segment) {
+    if ((segment->p_flags & PF_X) != 0 && at - segment->p_vaddr < segment->p_memsz) return true;
+  }
+#else
+  static_cast<void>(address);
+#endif
+  return false;
 }
 
 int Memory::nearest_shared(const char* address, int64_t* offset) const {

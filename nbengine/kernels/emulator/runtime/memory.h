@@ -16,6 +16,9 @@ class Memory {
   // Fills in where the access goes. An access that is not wholly in one piece goes nowhere.
   void locate(Access& access) const;
 
+  // Whether there is machine code of the kernel's own library. May be asked in a signal's handler.
+  bool is_code(const void* address) const;
+
   // The shared variable that an address is in or past, and how far from its start; -1 for an address
   // nowhere near one.
   int nearest_shared(const char* address, int64_t* offset) const;

@@ -2,6 +2,11 @@
 
 #include <signal.h>
 #include <ucontext.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 #include <memory>
 
@@ -55,27 +60,65 @@ std::atomic<bool>& Interruption::stop() const { return interrupted; }
 
 namespace {
 
-struct sigaction before_first_launch;
+struct sigaction faults_before, ticks_before;
 
-[[noreturn]] void overflowed() { running_block->overflowed(nullptr); }
+// Where the kernel's thread is that a signal came to.
+const char* pc_of(const void* context) {
+  const auto& registers = static_cast<const ucontext_t*>(context)->uc_mcontext;
+#if defined(__x86_64__)
+  return reinterpret_cast<const char*>(registers.gregs[REG_RIP]);
+#else
+  return reinterpret_cast<const char*>(registers.pc);
+#endif
+}
 
-// The kernel's thread does not go on where it was: its stack is begun anew, for the error.
-void fault(int number, siginfo_t* info, void* context) {
-  const Block* block = running_block;
-  if (block == nullptr || !block->running_fiber().guard_holds(info->si_addr)) {
-    if (is_function(before_first_launch)) return call(before_first_launch, number, info, context);
-    sigaction(number, &before_first_launch, nullptr);  // and the fault comes again
-    return;
-  }
+// The thread does not go on there: its stack is begun anew, for the error. The function is given what
+// would be the place of a call there, which is the address behind it.
+void go_on_at(void (*function)(const void* pc), void* context) {
+  const auto pc = reinterpret_cast<uintptr_t>(pc_of(context)) + 1;
+  const auto top = reinterpret_cast<uintptr_t>(running_block->running_fiber().top()) / 16 * 16 - 64;
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext;
-  const auto top = reinterpret_cast<uintptr_t>(block->running_fiber().top()) / 16 * 16 - 64;
 #if defined(__x86_64__)
   registers.gregs[REG_RSP] = static_cast<greg_t>(top - 8);  // as after a call
-  registers.gregs[REG_RIP] = reinterpret_cast<greg_t>(overflowed);
+  registers.gregs[REG_RDI] = static_cast<greg_t>(pc);
+  registers.gregs[REG_RIP] = reinterpret_cast<greg_t>(function);
 #else
   registers.sp = top;
-  registers.pc = reinterpret_cast<uintptr_t>(overflowed);
+  registers.regs[0] = pc;
+  registers.pc = reinterpret_cast<uintptr_t>(function);
 #endif
+}
+
+void overflowed(const void*) { running_block->overflowed(nullptr); }
+void stopped(const void* pc) { running_block->stop(pc); }
+
+void fault(int number, siginfo_t* info, void* context) {
+  const Block* block = running_block;
+  if (block != nullptr && block->running_fiber().guard_holds(info->si_addr)) {
+    go_on_at(overflowed, context);
+  } else if (is_function(faults_before)) {
+    call(faults_before, number, info, context);
+  } else {
+    sigaction(number, &faults_before, nullptr);  // and the fault comes again
+  }
+}
+
+void tick(int number, siginfo_t* info, void* context) {
+  if (info->si_code != SI_TIMER || info->si_value.sival_ptr != &ticks_before) {
+    if (is_function(ticks_before)) call(ticks_before, number, info, context);
+    return;
+  }
+  Block* block = running_block;
+  if (block != nullptr && block->tick(1 + info->si_overrun, pc_of(context))) {
+    go_on_at(stopped, context);
+  }
+}
+
+void listen(int number, void (*handler)(int, siginfo_t*, void*), struct sigaction* before) {
+  struct sigaction action {};
+  action.sa_sigaction = handler;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART;
+  sigaction(number, &action, before);
 }
 
 // A handler needs another stack than the one that is full.
@@ -107,18 +150,38 @@ class HandlerStack {
 
 void catch_overflows() {
   thread_local const HandlerStack stack;
-  static const bool installed = [] {
-    struct sigaction action {};
-    action.sa_sigaction = fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    return sigaction(SIGSEGV, &action, &before_first_launch) == 0;
-  }();
-  static_cast<void>(installed);
+  static const bool listens = (listen(SIGSEGV, fault, &faults_before), true);
+  static_cast<void>(listens);
+}
+
+// Where the system gives no timer, kernels are stopped where they call, as elsewhere than on Linux.
+Ticks::Ticks() {
+  struct sigaction before;  // anybody may have set a handler since the last launch
+  listen(SIGURG, tick, &before);
+  if (before.sa_sigaction != tick) ticks_before = before;
+  struct sigevent event {};
+  event.sigev_notify = SIGEV_THREAD_ID;
+  event.sigev_signo = SIGURG;
+  event.sigev_value.sival_ptr = &ticks_before;
+#ifndef sigev_notify_thread_id  // some headers have the field alone
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+  event.sigev_notify_thread_id = static_cast<pid_t>(syscall(SYS_gettid));
+  is_on_ = timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer_) == 0;
+  const timespec once{0, 1'000'000'000 / kTicksPerSecond};
+  const itimerspec every{once, once};
+  if (is_on_) timer_settime(timer_, 0, &every, nullptr);
+}
+
+Ticks::~Ticks() {
+  if (is_on_) timer_delete(timer_);
 }
 
 #else
 
 void catch_overflows() {}
+Ticks::Ticks() {}
+Ticks::~Ticks() {}
 
 #endif
 
