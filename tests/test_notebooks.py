@@ -49,6 +49,19 @@ def test_notebook_ships_with_the_outputs_of_one_run_from_the_top(path: Path) -> 
 
 
 @each_notebook
+def test_no_output_is_lost_where_the_notebook_is_not_trusted(path: Path) -> None:
+    """Which is everywhere but on the machine that ran it: JupyterLab strips these from its HTML."""
+    stripped = ("<svg", "<script", "<style", "<iframe")
+    pages = [
+        output.data["text/html"]
+        for cell in code_cells(nbformat.read(path, as_version=4))
+        for output in cell.outputs
+        if "text/html" in output.get("data", {})
+    ]
+    assert [tag for html in pages for tag in stripped if tag in html] == []
+
+
+@each_notebook
 @pytest.mark.timeout(SECONDS_FOR_A_NOTEBOOK)
 def test_notebook_runs_from_top_to_bottom(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
