@@ -1,8 +1,8 @@
 """`KernelView`: a `KernelTrace` drawn in a notebook, stepped phase by phase.
 
 The page (`kernel_view.js`) draws, and knows the whole trace: stepping asks nothing of the kernel.
-Without ipywidgets and anywidget, or where a notebook is read without a kernel, the picture of one
-phase stands still beside the words.
+Without ipywidgets and anywidget, or when the kernel has ended, the picture of one phase stands still
+beside the words.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from nbengine.errors import InvalidField
 from nbengine.jupyter.block_map import PALETTE
+from nbengine.jupyter.live_output import LiveOutput
 from nbengine.jupyter.picture import GREY, image
 from nbengine.kernels.watch import Access, KernelTrace, WatchedTensor
 
@@ -32,6 +33,8 @@ class KernelView:
         self._phase = _busiest(trace) if phase is None else phase
         self._check(self._phase)
         self._widget = _make_widget(trace, self._phase)
+        self._output = LiveOutput(self.close)
+        self._is_closed = False
 
     @property
     def phase(self) -> int:
@@ -53,10 +56,20 @@ class KernelView:
     def __repr__(self) -> str:
         return str(self.trace)
 
+    def close(self) -> None:
+        """Leave the phase that is shown as a picture, in place of the live view. The kernel's end
+        does it too; closing twice does nothing."""
+        self._is_closed = True
+        self._output.leave({"text/plain": repr(self), "text/html": self._still()})
+
+    def _ipython_display_(self) -> None:
+        is_live = self._widget is not None and not self._is_closed
+        self._output.show(self._repr_mimebundle_(), is_live=is_live)
+
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """The widget, and beside it the picture for readers without a kernel."""
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._still()}
-        if self._widget is not None:
+        if self._widget is not None and not self._is_closed:
             bundle["application/vnd.jupyter.widget-view+json"] = {
                 "version_major": 2,
                 "version_minor": 0,
