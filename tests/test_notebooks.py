@@ -4,6 +4,8 @@ runs again without an error, in a new kernel, against this tree."""
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import nbclient
@@ -46,6 +48,28 @@ def test_notebook_ships_with_the_outputs_of_one_run_from_the_top(path: Path) -> 
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert errors(notebook) == []
+
+
+@each_notebook
+def test_links_and_pictures_of_the_text_lead_to_files_of_the_project(path: Path) -> None:
+    text = "\n".join(
+        cell.source
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "markdown"
+    )
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_make_lab_serves_the_project_with_the_notebooks_open() -> None:
+    """With notebooks/ as the server's root, pictures and links that leave it would be dead."""
+    planned = subprocess.run(
+        ["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (arguments,) = re.findall(r"-m jupyterlab(.*)", planned)
+    assert [a for a in arguments.split() if not a.startswith("--")] == [], "the root is ROOT"
+    (opened,) = re.findall(r"default_url=/lab/tree/(\S+)", arguments)
+    assert (ROOT / opened / NOTEBOOKS[0].name).exists()
 
 
 @each_notebook
