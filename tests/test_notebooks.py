@@ -52,6 +52,21 @@ def test_notebook_ships_with_the_outputs_of_one_run_from_the_top(path: Path) -> 
 
 
 @each_notebook
+def test_opening_it_in_jupyterlab_is_no_change(path: Path) -> None:
+    """JupyterLab writes the kernel's own words into a notebook, and marks it as modified where they
+    differ. (The version of Python is the reader's, and may.)"""
+    kernelspec = pytest.importorskip("jupyter_client.kernelspec")
+    ipkernel = pytest.importorskip("ipykernel.ipkernel")
+    metadata = nbformat.read(path, as_version=4).metadata
+    assert metadata.keys() == {"kernelspec", "language_info"}
+    spec = kernelspec.get_kernel_spec(metadata.kernelspec.name)
+    assert metadata.kernelspec.display_name == spec.display_name
+    assert metadata.kernelspec.language == spec.language
+    language = ipkernel.IPythonKernel.language_info | {"version": metadata.language_info.version}
+    assert metadata.language_info == language
+
+
+@each_notebook
 def test_links_and_pictures_of_the_text_lead_to_files_of_the_project(path: Path) -> None:
     text = "\n".join(
         cell.source
