@@ -9,6 +9,7 @@ the saved one in nothing but decimal numbers (times, speeds, free memory) stays 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -81,7 +82,7 @@ def tidy(notebook: NotebookNode, saved: NotebookNode | None) -> None:
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type != "code":
             continue
-        cell.outputs = joined(cell.outputs)
+        cell.outputs = joined(relocated(cell.outputs))
         for output in cell.outputs:
             output.get("data", {}).pop(WIDGET, None)
             output.pop("transient", None)
@@ -95,6 +96,12 @@ def kernelspec() -> dict[str, str]:
     that it starts, and marks a notebook as modified at once if they differ."""
     spec = get_kernel_spec(KERNEL)
     return {"display_name": spec.display_name, "language": spec.language, "name": KERNEL}
+
+
+def relocated(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """The outputs, with the checkout's own files (in a traceback) named as they are in the project."""
+    text = json.dumps(outputs).replace(f"{ROOT}{os.sep}", "")
+    return [nbformat.from_dict(output) for output in json.loads(text)]
 
 
 def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:

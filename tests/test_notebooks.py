@@ -52,6 +52,11 @@ def test_notebook_ships_with_the_outputs_of_one_run_from_the_top(path: Path) -> 
 
 
 @each_notebook
+def test_it_names_no_folder_of_the_machine_that_ran_it(path: Path) -> None:
+    assert re.findall(r"/(?:home|root|tmp|work|mnt|Users)/[\w.-]+", path.read_text()) == []
+
+
+@each_notebook
 def test_opening_it_in_jupyterlab_is_no_change(path: Path) -> None:
     """JupyterLab writes the kernel's own words into a notebook, and marks it as modified where they
     differ. (The version of Python is the reader's, and may.)"""
