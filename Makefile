@@ -29,9 +29,10 @@ test:  ## everything that must hold: lint, types, tests, 2,000 simulated lives, 
 	@echo "== tests, notebooks, packages"
 	@$(PYTEST)
 
-lab:  ## JupyterLab on notebooks/
+# The project is the server's root: the lessons show pictures of docs/ and link to its pages.
+lab:  ## JupyterLab, with notebooks/ open
 	$(SET_UP) --extras notebook,cuda
-	@$(RUN) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 docs:  ## the documentation's site, into build/docs
 	$(SET_UP) --extras notebook,docs

@@ -9,6 +9,7 @@ the saved one in nothing but decimal numbers (times, speeds, free memory) stays 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -17,16 +18,14 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+from jupyter_client.kernelspec import get_kernel_spec
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 SECONDS_FOR_A_NOTEBOOK = 120
 
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"},
-}
+KERNEL = "python3"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DECIMALS = re.compile(r"\d[\d,]*\.\d+(?:e[-+]\d+)?|(?<= ) +")
 """And the spaces that line them up."""
@@ -61,7 +60,7 @@ def executed(saved: NotebookNode) -> NotebookNode:
     client = nbclient.NotebookClient(
         notebook,
         timeout=SECONDS_FOR_A_NOTEBOOK,
-        kernel_name="python3",
+        kernel_name=KERNEL,
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
         store_widget_state=False,
@@ -74,20 +73,35 @@ def executed(saved: NotebookNode) -> NotebookNode:
 
 def tidy(notebook: NotebookNode, saved: NotebookNode | None) -> None:
     """Bring the notebook into its saved form, in place."""
-    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": kernelspec(), "language_info": notebook.metadata.language_info}
+    )
     olds = {cell.id: cell for cell in saved.cells if cell.cell_type == "code"} if saved else {}
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type != "code":
             continue
-        cell.outputs = joined(cell.outputs)
+        cell.outputs = joined(relocated(cell.outputs))
         for output in cell.outputs:
             output.get("data", {}).pop(WIDGET, None)
             output.pop("transient", None)
         old = olds.get(cell.id)
         if old is not None and gist(old) == gist(cell):
             cell.outputs = old.outputs
+
+
+def kernelspec() -> dict[str, str]:
+    """As JupyterLab writes it. It compares this and the language, version included, with the kernel
+    that it starts, and marks a notebook as modified at once if they differ."""
+    spec = get_kernel_spec(KERNEL)
+    return {"display_name": spec.display_name, "language": spec.language, "name": KERNEL}
+
+
+def relocated(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """The outputs, with the checkout's own files (in a traceback) named as they are in the project."""
+    text = json.dumps(outputs).replace(f"{ROOT}{os.sep}", "")
+    return [nbformat.from_dict(output) for output in json.loads(text)]
 
 
 def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from xml.dom import minidom
 
 import pytest
 import torch
 
 from nbengine import Engine, SamplingParams
 from nbengine.errors import InvalidField, UnknownStep
-from nbengine.kernel_survey import OpSurvey, RooflinePlot, Survey, _spread, survey
+from nbengine.kernel_survey import OpSurvey, RooflinePlot, Survey, survey
 from nbengine.kernels.implementation import Implementation
 from nbengine.kernels.op import Cost
 from nbengine.kernels.ops import OPS
@@ -56,59 +53,11 @@ def test_the_table_has_every_op_and_says_which_the_batch_does_not_call() -> None
     assert lines["rope"].endswith("not called")
 
 
-def dots(svg: str) -> dict[str, tuple[str, float, float, str]]:
-    """By op: the shape, its middle, and its fill."""
-    found = {}
-    for node in minidom.parseString(svg).documentElement.childNodes:
-        if node.nodeName not in ("circle", "rect"):
-            continue
-        name = node.getElementsByTagName("title")[0].firstChild.data.partition(":")[0]
-        if node.nodeName == "circle":
-            x, y = float(node.getAttribute("cx")), float(node.getAttribute("cy"))
-        else:
-            x, y = float(node.getAttribute("x")) + 5, float(node.getAttribute("y")) + 5
-        fill = re.search(r"fill:([^;]+)", node.getAttribute("style"))
-        assert fill
-        found[name] = node.nodeName, x, y, fill[1]
-    return found
-
-
-def test_the_plot_has_a_dot_for_each_op_that_computes_where_its_figures_put_it() -> None:
-    svg = RooflinePlot(MEASURED).svg()
-    found = dots(svg)
-    assert found.keys() == {"rms_norm", "gemv"}, "copies compute nothing, and have no place on it"
-    assert (found["rms_norm"][0], found["gemv"][0]) == ("circle", "rect"), "a square was swapped"
-    assert "none" not in (found["rms_norm"][3], found["gemv"][3]), "measured ones are filled"
-    # gemv: 1000 FLOP/byte, 25 TFLOP/s; rms_norm: 1 FLOP/byte, 0.5 TFLOP/s. Three decades apart one
-    # way, 1.7 the other; and the grid has a line at each power of ten.
-    ticks = {
-        node.firstChild.data: float(node.getAttribute("x"))
-        for node in minidom.parseString(svg).getElementsByTagName("text")
-        if node.getAttribute("text-anchor") == "middle" and node.firstChild.data.isdigit()
-    }
-    assert found["rms_norm"][1] == pytest.approx(ticks["1"], abs=0.1)
-    assert found["gemv"][1] == pytest.approx(ticks["1000"], abs=0.1)
-    assert found["gemv"][2] < found["rms_norm"][2]
-
-
-def test_the_plot_takes_its_ink_from_the_page() -> None:
-    svg = RooflinePlot(MEASURED).svg()
-    assert "var(--jp-content-font-color1, var(--vscode-editor-foreground, currentColor))" in svg
-    assert "background" not in svg
-
-
-def test_names_are_kept_apart_and_inside() -> None:
-    places = _spread([10, 12, 100, 395, 396, 399], top=20, bottom=400)
-    assert places[0] >= 20 and places[-1] <= 400
-    assert all(b - a >= 16 for a, b in itertools.pairwise(places))
-    assert places[2] == 100, "one with room stays where it is"
-
-
 def test_without_an_engine_it_says_so() -> None:
     found = survey()
     assert [row.name for row in found.rows] == list(OPS)
     assert "no engine is loaded" in str(found)
-    assert RooflinePlot(found).svg() == ""
+    assert "<img" not in RooflinePlot(found)._repr_html_(), "nothing to draw"
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
@@ -154,10 +103,9 @@ def test_an_emulated_engine_is_held_against_published_figures_and_nothing_is_tim
         assert rows["rms_norm"].cost == Cost(4 * 2 * 64 * 4 + 64 * 4, 4 * 2 * 64)
         assert rows["swap_blocks"].cost is None
         assert "not measured" in str(plot) and "no GPU" in str(plot)
-        assert "published, not measured" in plot.svg()
-        shapes = dots(plot.svg())
-        assert shapes.keys() >= {"rms_norm", "gemv", "gated_mlp", "paged_attention_decode"}
-        assert {fill for _, _, _, fill in shapes.values()} == {"none"}, "rings"
+        picture = plot._repr_html_()
+        assert "(published, not measured): " in picture
+        assert "rms_norm 0." in picture and "paged_attention_decode" in picture
         assert engine.snapshot() == before
 
 

@@ -1,8 +1,8 @@
 """How a probed token spreads its attention over the KV blocks of its table, as text and as a picture.
 
-Pure functions of a `Probe`. The picture has a row for each layer (or each head of one) and a column
-for each block; the share of the attention is the ink of a cell, and is written in it where there is
-room.
+Pure functions of a `Probe`. There is a row for each layer (or each head of one), and a column for each
+block in the order of the block table; the share of the attention is the colour of a cell, and is
+written in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from nbengine.execution.probe import Probe
 
-_CELL_WIDTH, _CELL_HEIGHT, _LEFT, _TOP = 34, 15, 58, 34
+_COLOUR = ",".join(str(int(PALETTE[0][i : i + 2], 16)) for i in (1, 3, 5))
 _SHADES = " ░▒▓█"
 _MOST_ROWS = 64
 
@@ -64,40 +64,25 @@ class AttentionView:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        shares = self.shares.tolist()[:_MOST_ROWS]
+        """A table, whose figures are in the page's own ink: no cell's colour is so deep that dark
+        or light letters could not be read on it."""
+        cell = "padding:0 .3em;font-size:11px;line-height:1.3;text-align:center"
         columns = self._column_names()
-        width = _LEFT + _CELL_WIDTH * len(columns) + 4
-        height = _TOP + _CELL_HEIGHT * len(shares) + 4
-        parts = [
-            f'<text x="{_LEFT}" y="12" opacity=".65">block of the KV cache, in the order of the table'
-            "</text>"
-        ]
-        for i, name in enumerate(columns):
-            x = _LEFT + _CELL_WIDTH * i + _CELL_WIDTH / 2
-            parts.append(f'<text x="{x}" y="28" text-anchor="middle">{escape(name)}</text>')
-        for row, values in enumerate(shares):
-            y = _TOP + _CELL_HEIGHT * row
+        head = "".join(f"<th style='{cell}'>{name}</th>" for name in ("block", *columns))
+        rows = []
+        for row, shares in enumerate(self.shares.tolist()[:_MOST_ROWS]):
             name = self._row_name(row)
-            parts.append(f'<text x="{_LEFT - 6}" y="{y + 11}" text-anchor="end">{name}</text>')
-            for i, value in enumerate(values):
-                x = _LEFT + _CELL_WIDTH * i
-                ink = f'fill="{PALETTE[0]}" fill-opacity="{max(0.04, value):.3f}"'
-                said = f"{name}, block {columns[i]}: {value:.1%} of the attention"
-                parts.append(
-                    f'<rect x="{x + 1}" y="{y + 1}" width="{_CELL_WIDTH - 2}" '
-                    f'height="{_CELL_HEIGHT - 2}" {ink}><title>{escape(said)}</title></rect>'
-                )
-                if value >= 0.095:
-                    colour = "#fff" if value > 0.55 else "currentColor"
-                    parts.append(
-                        f'<text x="{x + _CELL_WIDTH / 2}" y="{y + 11}" text-anchor="middle" '
-                        f'fill="{colour}" pointer-events="none">{value:.0%}</text>'
-                    )
+            cells = (
+                f"<td title='{name}, block {column}: {share:.1%}' "
+                f"style='{cell};background-color:rgba({_COLOUR},{0.04 + 0.7 * share:.2f})'>"
+                f"{f'{share:.0%}' if share >= 0.005 else ''}</td>"
+                for column, share in zip(columns, shares, strict=True)
+            )
+            rows.append(f"<tr><th style='{cell}'>{name}</th>{''.join(cells)}</tr>")
         return (
             f"<div>{escape(self._title())}</div><div style='overflow-x:auto'>"
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img" '
-            f'aria-label="{escape(self._title())}" fill="currentColor" font-size="10" '
-            f'font-family="system-ui, sans-serif">{"".join(parts)}</svg></div>'
+            f"<table style='border-collapse:collapse;margin:.3em 0'><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import enum
 import re
 import zlib
-from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from typing import Any
 from nbengine.core.prefix_cache import BlockContent
 from nbengine.core.request import Sequence
 from nbengine.core.snapshot import Snapshot
+from nbengine.jupyter.picture import image
 
 PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#BFA80F", "#7B61C4",
@@ -228,14 +228,12 @@ def block_map_svg(snapshot: Snapshot) -> str:
 
 
 def block_map_html(snapshot: Snapshot) -> str:
-    """The picture with its counts and legend. The picture is an image and no inline SVG, which
-    JupyterLab strips from a notebook that was not run on this machine."""
+    """The picture with its counts and legend."""
     _, per_cell = _cells(snapshot)
     note = f" One cell stands for {per_cell} blocks." if per_cell > 1 else ""
-    picture = b64encode(block_map_svg(snapshot).encode()).decode()
     return (
         f"<div><b>KV blocks</b> {escape(counts_line(snapshot))}.{note}</div>"
-        f"<img alt='{escape(counts_line(snapshot))}' src='data:image/svg+xml;base64,{picture}'>"
+        f"{image(block_map_svg(snapshot), counts_line(snapshot))}"
         f"<div>{swatches(seq.seq_id for seq in snapshot.running)}"
         "<span style='opacity:.75'>white diagonal: shared; hatched: cached; outline: free</span>"
         "</div>"

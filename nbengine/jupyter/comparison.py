@@ -1,24 +1,22 @@
 """A comparison of runs as a picture: blocks held and requests waiting, step by step.
 
-Called by `Comparison._repr_html_`. Lines differ in their dashes and not only in colour. They are
-drawn as an image, because JupyterLab strips inline SVG from a notebook that was not run on this
-machine; words and numbers stand around it, in the page's own ink.
+Called by `Comparison._repr_html_`. Lines differ in their dashes and not only in colour. Words and
+numbers stand around the images, in the page's own ink.
 """
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 
 from nbengine.core.compare import Comparison, Run
 from nbengine.jupyter.block_map import PALETTE
+from nbengine.jupyter.picture import GREY, image
 from nbengine.jupyter.views import table_html
 
 WIDTH, HEIGHT = 640, 120
 _COLOURS = tuple(PALETTE[index] for index in (0, 5, 2, 3, 1, 4))
 _DASHES = ("", "7 3", "2 2", "9 3 2 3", "12 4", "4 2 1 2 1 2")
-_GREY = "#8a8a8a"
 _INK = "color:var(--jp-content-font-color1,var(--vscode-editor-foreground,currentColor))"
 _SOFT = (
     "color:color-mix(in srgb,var(--jp-content-font-color1,"
@@ -53,8 +51,7 @@ def _chart(title: str, runs: Sequence[Run], series: Sequence[Sequence[int]]) -> 
     return (
         f"<div style='margin-top:.6em'>{escape(title)} "
         f"<span style='{_SOFT};{numbers}'>0 to {most:,}</span></div>"
-        f"<img alt='{escape(f'{title}. {said}', quote=True)}' style='max-width:100%' "
-        f"src='{_image(chart_svg(series, most, num_steps))}'>"
+        f"{image(chart_svg(series, most, num_steps), f'{title}. {said}')}"
         f"<div style='display:flex;justify-content:space-between;max-width:{WIDTH}px;{_SOFT};"
         f"{numbers}'><span>first step</span><span>{num_steps:,} steps</span></div>"
     )
@@ -63,7 +60,7 @@ def _chart(title: str, runs: Sequence[Run], series: Sequence[Sequence[int]]) -> 
 def chart_svg(series: Sequence[Sequence[int]], most: int, num_steps: int) -> str:
     """A line for each run, from its first step on, in the order of colours and dashes."""
     lines = [
-        f'<path d="M0 {y:g}H{WIDTH}" stroke="{_GREY}" stroke-opacity=".35"/>'
+        f'<path d="M0 {y:g}H{WIDTH}" stroke="{GREY}" stroke-opacity=".35"/>'
         for y in (1, HEIGHT / 2, HEIGHT - 1)
     ]
     for k, values in enumerate(series):
@@ -92,7 +89,7 @@ def _sample(k: int) -> str:
     """A piece of a run's line, for the legend."""
     colour, dash = _COLOURS[k % len(_COLOURS)], _DASHES[k % len(_DASHES)]
     line = f'<path d="M0 5H36" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
-    return f"<img alt='' style='display:inline;vertical-align:middle' src='{_image(_svg(36, 10, line))}'>"
+    return image(_svg(36, 10, line), "", "display:inline;vertical-align:middle")
 
 
 def _svg(width: int, height: int, content: str) -> str:
@@ -100,7 +97,3 @@ def _svg(width: int, height: int, content: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" fill="none">{content}</svg>'
     )
-
-
-def _image(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}"

@@ -30,6 +30,7 @@ from nbengine.errors import (
 )
 from nbengine.jupyter.block_map import describe_block
 from nbengine.jupyter.frame import TEXT_TAIL, Feed, Moment, Notice, gather
+from nbengine.jupyter.live_output import LiveOutput
 from nbengine.jupyter.publisher import Publisher
 from nbengine.jupyter.views import snapshot_html, snapshot_text, steps_html, steps_text
 from nbengine.llm import chat_prompt
@@ -87,7 +88,7 @@ class Dashboard:
         self._asked: tuple[int, int] | None = None
         self._past_told: object = None
         self._num_answered = 0
-        self._displays: list[Any] = []
+        self._output = LiveOutput(self.close)
         self._is_closed = False
         self._widget = _make_widget()
         self._publisher: Publisher | None = None
@@ -214,8 +215,7 @@ class Dashboard:
         self._is_closed = True
         if self._widget is not None:
             with contextlib.suppress(Exception):  # the kernel may be shutting down
-                for handle in self._displays:
-                    handle.update(self._still("closed"), raw=True)
+                self._output.leave(self._still("closed"))
             self._widget.layout.close()  # a widget of its own, with a comm of its own
             self._widget.close()
 
@@ -432,11 +432,8 @@ class Dashboard:
         return bundle
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
-        if handle is not None and not self._is_closed:
-            self._displays.append(handle)
+        is_live = self._widget is not None and not self._is_closed
+        self._output.show(self._repr_mimebundle_(), is_live=is_live)
 
 
 _COMMANDS: dict[str, Callable[[Dashboard, Engine, dict[str, Any]], Callable[[], Any]]] = {

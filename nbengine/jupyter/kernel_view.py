@@ -1,21 +1,21 @@
 """`KernelView`: a `KernelTrace` drawn in a notebook, stepped phase by phase.
 
 The page (`kernel_view.js`) draws, and knows the whole trace: stepping asks nothing of the kernel.
-Without ipywidgets and anywidget, or where a notebook is read without a kernel, the picture of one
-phase stands still beside the words.
+Without ipywidgets and anywidget, or when the kernel has ended, the picture of one phase stands still
+beside the words.
 """
 
 from __future__ import annotations
 
-from base64 import b64encode
 from html import escape
 from typing import Any
 
 from nbengine.errors import InvalidField
 from nbengine.jupyter.block_map import PALETTE
+from nbengine.jupyter.live_output import LiveOutput
+from nbengine.jupyter.picture import GREY, image
 from nbengine.kernels.watch import Access, KernelTrace, WatchedTensor
 
-_GREY = "#8a8a8a"
 _SEVERAL = -1
 """In place of a warp: an element that more than one touches."""
 _CELL, _TITLE, _WIDTH = 3, 16, 900
@@ -33,6 +33,8 @@ class KernelView:
         self._phase = _busiest(trace) if phase is None else phase
         self._check(self._phase)
         self._widget = _make_widget(trace, self._phase)
+        self._output = LiveOutput(self.close)
+        self._is_closed = False
 
     @property
     def phase(self) -> int:
@@ -54,10 +56,20 @@ class KernelView:
     def __repr__(self) -> str:
         return str(self.trace)
 
+    def close(self) -> None:
+        """Leave the phase that is shown as a picture, in place of the live view. The kernel's end
+        does it too; closing twice does nothing."""
+        self._is_closed = True
+        self._output.leave({"text/plain": repr(self), "text/html": self._still()})
+
+    def _ipython_display_(self) -> None:
+        is_live = self._widget is not None and not self._is_closed
+        self._output.show(self._repr_mimebundle_(), is_live=is_live)
+
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """The widget, and beside it the picture for readers without a kernel."""
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._still()}
-        if self._widget is not None:
+        if self._widget is not None and not self._is_closed:
             bundle["application/vnd.jupyter.widget-view+json"] = {
                 "version_major": 2,
                 "version_minor": 0,
@@ -66,14 +78,11 @@ class KernelView:
         return bundle
 
     def _still(self) -> str:
-        """One phase as a picture, and all of them in words. The picture is an image and no inline
-        SVG, which JupyterLab strips from a notebook that was not run on this machine."""
-        svg = phase_svg(self.trace, self.phase)
-        picture = b64encode(svg.encode()).decode()
+        """One phase as a picture, and all of them in words."""
+        shown = f"phase {self.phase + 1} of {len(self.trace.phases)}"
         return (
-            f"<div><b>{escape(self.trace.title)}</b></div>"
-            f"<img alt='phase {self.phase + 1} of {len(self.trace.phases)}' "
-            f"src='data:image/svg+xml;base64,{picture}'>"
+            f"<div><b>{escape(self.trace.title)}</b>, {shown}</div>"
+            f"{image(phase_svg(self.trace, self.phase), f'{shown}: in words below')}"
             f"<details><summary>every phase in words</summary><pre>{escape(str(self.trace))}</pre>"
             "</details>"
         )
@@ -119,7 +128,7 @@ def phase_svg(trace: KernelTrace, phase: int) -> str:
                 f'<g transform="translate({x} {y})"><text y="11">{escape(title)}</text>'
                 f"{''.join(_runs(warps, columns))}"
                 f'<rect y="{_TITLE}" width="{columns * _CELL}" height="{rows * _CELL}" '
-                f'fill="none" stroke="{_GREY}" stroke-opacity=".5"/></g>'
+                f'fill="none" stroke="{GREY}" stroke-opacity=".5"/></g>'
             )
             x, height = x + wide, rows * _CELL + _TITLE + 8
             width = max(width, x)
@@ -128,7 +137,7 @@ def phase_svg(trace: KernelTrace, phase: int) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" '
         f'viewBox="-1 0 {width + 2} {y}" width="{width + 2}" height="{y}" '
-        f'style="max-width:100%;height:auto;font:11px sans-serif" fill="{_GREY}">{"".join(parts)}</svg>'
+        f'style="max-width:100%;height:auto;font:12px sans-serif" fill="{GREY}">{"".join(parts)}</svg>'
     )
 
 
@@ -173,7 +182,7 @@ def _runs(warps: list[int | None], columns: int) -> list[str]:
             end += 1
         warp = warps[start]
         if warp is not None:
-            colour = _GREY if warp == _SEVERAL else PALETTE[warp % len(PALETTE)]
+            colour = GREY if warp == _SEVERAL else PALETTE[warp % len(PALETTE)]
             x, y, run = start % columns * _CELL, _TITLE + start // columns * _CELL, end - start
             paths.setdefault(colour, []).append(f"M{x} {y}h{run * _CELL}v{_CELL}h-{run * _CELL}z")
         start = end

@@ -122,3 +122,23 @@ def test_in_a_notebook_the_page_and_python_share_the_phase(lab: Lab, browser: An
     notebook.run(1)
     page.locator(".jp-OutputArea-output", has_text="phase 1").last.wait_for()
     page.close()
+
+
+def test_a_notebook_that_is_opened_after_its_kernels_end_has_the_phase_that_was_looked_at(
+    lab: Lab, browser: Any
+) -> None:
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.set_default_timeout(TIMEOUT_MS)
+    notebook = NotebookPage(lab, page, SOURCES, "kernel_view_ended.ipynb")
+    notebook.run(0)
+    view = page.locator(".jp-OutputArea-output .nbk")
+    view.wait_for()
+    view.get_by_role("button", name="Next phase").click()
+    page.wait_for_selector(".nbk[data-phase='1']")
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    still = page.locator(".jp-OutputArea-output img[alt^='phase 2 of ']")
+    still.wait_for()
+    notebook.save_and_reload()
+    still.wait_for()
+    assert page.get_by_text("model not found").count() == 0
+    page.close()

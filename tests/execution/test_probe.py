@@ -69,7 +69,7 @@ def test_attention_is_told_by_block(make):
     text = repr(probe)
     assert "attention of position 39 over its 3 blocks" in text and "layer 1" in text
     html = probe._repr_html_()
-    assert html.count("<rect") == 6 and "block 2:" in html
+    assert html.count("<td title='layer ") == 6 and "block 2:" in html
 
 
 def test_it_disturbs_nothing(make):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import nbformat
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 SOURCES = [
     f"""\
@@ -51,7 +54,7 @@ def test_objects_have_both_forms(cells: list[Any]) -> None:
 
 def test_unloading_leaves_the_dashboards_last_picture_in_the_notebook(cells: list[Any]) -> None:
     (dashboard,) = cells[4]
-    assert "application/vnd.jupyter.widget-view+json" not in dashboard.data
+    assert WIDGET not in dashboard.data
     assert "dashboard (closed)" in dashboard.data["text/html"]
     assert "finished req-0 (length)" in dashboard.data["text/html"]
 
@@ -112,6 +115,48 @@ print(engine.step())"""
         )
         assert len(asked) == 2, "nobody waits for a step in the background"
         assert "breakpoint() was passed over" in "".join(said)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_a_kernel_that_ends_leaves_the_views_last_pictures() -> None:
+    """The widgets' models go with it: a page that opens the notebook later has nothing but these."""
+    manager = pytest.importorskip("jupyter_client").KernelManager()
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        shown: list[Any] = []
+
+        def hear(message: Any) -> None:
+            if message["msg_type"] in ("display_data", "update_display_data"):
+                shown.append(message["content"])
+
+        sources = (
+            SOURCES[0],
+            "engine.add_request('a b c'); engine.step(); engine.dashboard()",
+            "view = %nb_watch paged_attention_decode --phase 1\nview",
+            "view._widget.phase = 1  # as the page sets it",
+        )
+        for source in sources:
+            reply = client.execute_interactive(source, timeout=60, output_hook=hear)
+            assert reply["content"]["status"] == "ok"
+        dashboard, view = shown
+        assert WIDGET in dashboard["data"] and WIDGET in view["data"]
+        assert "</b>, phase 1 of " in view["data"]["text/html"]
+
+        shown.clear()
+        manager.shutdown_kernel()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                hear(client.get_iopub_msg(timeout=1))
+        stills = {content["transient"]["display_id"]: content["data"] for content in shown}
+        assert stills.keys() == {shown["transient"]["display_id"] for shown in (dashboard, view)}
+        assert all(WIDGET not in data for data in stills.values())
+        assert "dashboard (closed)" in stills[dashboard["transient"]["display_id"]]["text/html"]
+        assert "</b>, phase 2 of " in stills[view["transient"]["display_id"]]["text/html"]
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

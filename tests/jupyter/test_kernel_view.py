@@ -48,6 +48,15 @@ def test_without_the_notebook_extras_the_picture_stands_alone(
     assert "phase 3 of 4" in bundle["text/html"]
 
 
+def test_a_view_that_was_closed_stands_still(trace: KernelTrace) -> None:
+    view = KernelView(trace)
+    view.phase = 3
+    view.close()
+    bundle = view._repr_mimebundle_()
+    assert WIDGET not in bundle
+    assert "</b>, phase 4 of 4</div>" in bundle["text/html"]
+
+
 def test_it_begins_with_the_phase_that_reads_the_cache(trace: KernelTrace) -> None:
     assert KernelView(trace).phase == 1
 
