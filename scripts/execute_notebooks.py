@@ -83,6 +83,8 @@ def tidy(notebook: NotebookNode, saved: NotebookNode | None) -> None:
         if cell.cell_type != "code":
             continue
         cell.outputs = joined(relocated(cell.outputs))
+        # What a progress line leaves behind where it can't be taken away.
+        cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
         for output in cell.outputs:
             output.get("data", {}).pop(WIDGET, None)
             output.pop("transient", None)

@@ -107,7 +107,8 @@ def test_a_trial_in_a_notebook_is_not_silent_and_leaves_itself_alone(kernel: Ker
     fresh = f"{RMS_NORM}// {time.time()}\n"  # which no cache knows
     messages = kernel.run(f"%%nb_kernel rms_norm --case float32-1x64\n{fresh}")
     assert messages[0][0] == "display_data"
-    assert "compiling rms_norm<float, 64, 16, 8, " in messages[0][1]["data"]["text/plain"]
+    told = [heard[1]["data"]["text/plain"] for heard in messages if "display_data" in heard[0]]
+    assert any("compiling rms_norm<float, 64, 16, 8, " in text for text in told)
     (trial,) = saved(messages)
     assert "agrees with the reference on 2 calls" in trial["text/plain"]
 
