@@ -217,11 +217,16 @@ def _row(
         "num_cached": seq.num_cached_tokens,
         "num_preemptions": seq.num_preemptions,
         "num_blocks": len(seq.block_table),
-        "text": tail(text, TEXT_TAIL),
+        "text": text,
         "ttft": _rounded(metrics.ttft) if metrics else None,
         "speed": _speed(metrics.token_times) if metrics else None,
         "why": _why(seq, waits, head),
     }
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """With the end of its text. Not on the engine's thread, for which so much text is much."""
+    return row | {"text": tail(row["text"], TEXT_TAIL)}
 
 
 def _news(row: dict[str, Any], told: dict[str, Any] | None) -> dict[str, Any]:
@@ -399,8 +404,8 @@ class Feed:
         self.alive = tuple(dict.fromkeys(row["request"] for row in moment.rows))
         self.finished = moment.finished
         rows, entries = encode_steps(moment.records, self.slots)
-        told, self._rows = self._rows, {row["id"]: row for row in moment.rows}
-        news = [_news(row, told.get(row["id"])) for row in moment.rows]
+        told, self._rows = self._rows, {row["id"]: _shown(row) for row in moment.rows}
+        news = [_news(row, told.get(name)) for name, row in self._rows.items()]
         is_fresh, self._is_fresh = self._is_fresh, False
         content = {
             "is_fresh": is_fresh,
@@ -467,7 +472,7 @@ class Feed:
         head = next((w.seq_id for w in waits.values() if not w.got), None)
         running, waiting = state.running, state.waiting
         rows = [
-            _row(seq, text_of(seq), metrics_of(seq), waits, head)
+            _shown(_row(seq, text_of(seq), metrics_of(seq), waits, head))
             for seq in (*running, *waiting)[:MAX_SEQUENCES]
         ]
         cells = BlockCells(

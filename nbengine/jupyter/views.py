@@ -33,7 +33,7 @@ MAX_ROWS = 50
 
 def tail(text: str, length: int = TEXT_TAIL) -> str:
     """The end of a text, on one line."""
-    line = " ".join(text[-4 * length :].split())
+    line = " ".join(text[-2 * length :].split())
     if len(line) <= length:
         return line
     cut = line[1 - length :]
