@@ -10,6 +10,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.jupyter.kernels import real_kernel
+
 REPOSITORY = Path(__file__).parents[2]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -68,12 +70,7 @@ def test_a_mistake_is_one_line(cells: list[Any]) -> None:
 
 def test_breakpoint_in_a_policy_opens_a_prompt_in_the_cell() -> None:
     """Also where JupyterLab's debugger is installed, which would pass over it."""
-    manager = pytest.importorskip("jupyter_client").KernelManager()
-    manager.start_kernel()
-    client = manager.client()
-    client.start_channels()
-    try:
-        client.wait_for_ready(timeout=60)
+    with real_kernel() as (_, client):
         asked: list[str] = []
         said: list[str] = []
         answers = iter(["p sequence.seq_id, 6 * 7", "continue"])
@@ -115,19 +112,11 @@ print(engine.step())"""
         )
         assert len(asked) == 2, "nobody waits for a step in the background"
         assert "breakpoint() was passed over" in "".join(said)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
 
 
 def test_a_kernel_that_ends_leaves_the_views_last_pictures() -> None:
     """The widgets' models go with it: a page that opens the notebook later has nothing but these."""
-    manager = pytest.importorskip("jupyter_client").KernelManager()
-    manager.start_kernel()
-    client = manager.client()
-    client.start_channels()
-    try:
-        client.wait_for_ready(timeout=60)
+    with real_kernel() as (manager, client):
         shown: list[Any] = []
 
         def hear(message: Any) -> None:
@@ -157,6 +146,3 @@ def test_a_kernel_that_ends_leaves_the_views_last_pictures() -> None:
         assert all(WIDGET not in data for data in stills.values())
         assert "dashboard (closed)" in stills[dashboard["transient"]["display_id"]]["text/html"]
         assert "</b>, phase 2 of " in stills[view["transient"]["display_id"]]["text/html"]
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)

@@ -13,6 +13,7 @@ import pytest
 
 from nbengine.jupyter.progress_line import progress_line
 from nbengine.progress import say
+from tests.jupyter.kernels import real_kernel
 from tests.waiting import eventually
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,12 +41,7 @@ class Kernel:
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[Kernel]:
-    manager = pytest.importorskip("jupyter_client").KernelManager()
-    manager.start_kernel()
-    client = manager.client()
-    client.start_channels()
-    try:
-        client.wait_for_ready(timeout=60)
+    with real_kernel() as (manager, client):
         kernel = Kernel(client, manager.interrupt_kernel)
         said = kernel.run(
             f"import sys, threading, time; sys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -55,9 +51,6 @@ def kernel() -> Iterator[Kernel]:
         )
         assert not said
         yield kernel
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
 
 
 def saved(messages: list[Any]) -> list[Any]:
