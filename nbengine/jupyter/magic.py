@@ -52,7 +52,7 @@ def magic(
             except CompileError:
                 raise
             except KeyboardInterrupt:
-                raise KeyboardInterrupt from None  # where it came to is nobody's business
+                raise Interrupted(f"{escape}{method.__name__} was interrupted") from None
             except NbengineError as error:
                 raise UsageError(f"{type(error).__name__}: {error}") from error
 
@@ -65,6 +65,14 @@ def magic(
         return kind(run)
 
     return decorate
+
+
+class Interrupted(KeyboardInterrupt):
+    """A user's interrupt, shown in a line: where it came to is nobody's business, and a traceback
+    would quote the whole cell."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"\033[31mKeyboardInterrupt\033[39m: {self}"]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+SHORT = 14
+"""Characters of a cell that is not broken into lines: a figure with its unit."""
+
 
 def table_text(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns of plain text; a column of figures stands to the right."""
@@ -31,6 +34,8 @@ def table_html(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def cell(tag: str, value: str, to_right: bool) -> str:
         align = "right" if to_right else "left"
         style = f"text-align:{align};padding:.15em .6em;vertical-align:top"
+        if len(value) <= SHORT:
+            style += ";white-space:nowrap"
         return f"<{tag} style='{style}'>{escape(value)}</{tag}>"
 
     return (

@@ -115,7 +115,9 @@ def test_an_interrupt_ends_the_trial_and_its_line(kernel: Kernel) -> None:
 
     messages = kernel.run(f"%%nb_kernel rms_norm\n{fresh}", on=interrupt)
     (error,) = saved(messages)
-    assert error["ename"] == "KeyboardInterrupt"
+    assert error["ename"] == "Interrupted"
+    (line,) = error["traceback"]
+    assert line.endswith(": %%nb_kernel was interrupted")
     (alive,) = kernel.run("[t.name for t in threading.enumerate() if 'progress' in t.name]")
     assert alive[1]["data"]["text/plain"] == "[]"
 
